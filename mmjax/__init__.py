@@ -1,0 +1,3 @@
+"""mmjax: train, evaluate and reuse multimodal models in JAX."""
+
+__version__ = '0.1.0'

@@ -1,0 +1,330 @@
+"""Names beside shapes: how every array finds its place on a mesh.
+
+A parameter is made with the names of its axes; an activation names its axes
+where it is constrained. One strict table of rules turns names into mesh axes:
+
+  param(self, 'up', init, (D, F), ('embed', 'mlp'))     weight axes
+  constrain(h, 'batch', 'seq', 'act_mlp')               activation axes
+  RULES['fsdp+tensor'] = {'embed': 'fsdp', 'mlp': 'tensor', 'act_mlp': 'tensor', ...}
+
+The names stay off the tree: `init` gives plain arrays, and `axis_names` gives
+the same tree of names, without computing anything. Weight axes and activation
+axes are separate words, since an 'embed' that is split over fsdp in a weight
+is whole in an activation. Every mistake (unknown name, two names on one mesh
+axis, a size that does not divide) is a `ValueError` that names the parameter.
+"""
+
+import contextlib
+import contextvars
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+MESH_AXES = ('slice', 'data', 'fsdp', 'tensor', 'context', 'expert')
+_ROWS = ('slice', 'data', 'fsdp')  # what the rows of a batch are split over
+
+MeshAxes = str | tuple[str, ...] | None
+Rules = Mapping[str, MeshAxes]
+
+_PARAM_AXES = (
+  'embed', 'mlp', 'heads', 'kv_heads', 'head_dim', 'layers', 'vocab', 'experts',
+  'latents', 'patch',
+)  # fmt: skip
+_ACT_AXES = (
+  'batch', 'seq', 'kv_seq', 'act_embed', 'act_mlp', 'act_heads', 'act_kv_heads',
+  'act_experts', 'act_vocab',
+)  # fmt: skip
+_DP = {
+  **dict.fromkeys(_PARAM_AXES + _ACT_AXES),
+  'batch': _ROWS,
+  'seq': 'context',
+}
+_FSDP = {**_DP, 'embed': 'fsdp'}
+_TENSOR = {
+  **dict.fromkeys(('heads', 'kv_heads', 'mlp', 'vocab'), 'tensor'),
+  **dict.fromkeys(('act_heads', 'act_kv_heads', 'act_mlp', 'act_vocab'), 'tensor'),
+}
+RULES: dict[str, Rules] = {
+  'dp': _DP,
+  'fsdp': _FSDP,
+  'fsdp+tensor': {**_FSDP, **_TENSOR},
+}
+
+_naming = contextvars.ContextVar('naming', default=False)
+_rules: contextvars.ContextVar[Rules | None] = contextvars.ContextVar(
+  'rules', default=None
+)
+
+
+def param(
+  module: nn.Module,
+  name: str,
+  init: nn.initializers.Initializer,
+  shape: Sequence[int],
+  axes: Sequence[str | None],
+  dtype: Any = jnp.float32,
+) -> jax.Array:
+  """Makes a parameter with the names of its axes; the value is a plain array.
+
+  Raises:
+    ValueError: the names don't match the shape one to one.
+  """
+  if len(axes) != len(shape):
+    raise ValueError(f'{name}: axes {tuple(axes)} do not name shape {tuple(shape)}')
+  if _naming.get():
+    init = nn.with_logical_partitioning(init, tuple(axes))
+  return module.param(name, init, tuple(shape), dtype)
+
+
+def axis_names(init_fn, *args) -> Any:
+  """The tree of axis names of `init_fn(*args)`, traced but not computed.
+
+  Leaves are `PartitionSpec`s that hold names, not mesh axes.
+  """
+  token = _naming.set(True)
+  try:
+    # A fresh function, so that no cached trace without names is reused.
+    boxed = jax.eval_shape(lambda *a: init_fn(*a), *args)
+  finally:
+    _naming.reset(token)
+  return nn.get_partition_spec(boxed)
+
+
+def rules_for(preset: str, overrides: Rules | None = None) -> Rules:
+  """The rule table of a preset, with overrides.
+
+  Raises:
+    ValueError: unknown preset, axis name or mesh axis.
+  """
+  if preset not in RULES:
+    raise ValueError(f'unknown sharding preset {preset!r}{_closest(preset, RULES)}')
+  rules = dict(RULES[preset])
+  for name, axes in (overrides or {}).items():
+    if name not in rules:
+      raise ValueError(f'sharding rule for unknown axis {name!r}{_closest(name, rules)}')
+    for axis in _tuple(axes):
+      if axis not in MESH_AXES:
+        raise ValueError(
+          f'sharding rule {name!r} names mesh axis {axis!r}{_closest(axis, MESH_AXES)}'
+        )
+    rules[name] = tuple(axes) if isinstance(axes, list) else axes
+  return rules
+
+
+def to_spec(
+  names: Sequence[str | None],
+  rules: Rules,
+  where: str = 'array',
+  shape: Sequence[int] | None = None,
+  mesh: Mesh | None = None,
+) -> P:
+  """Turns axis names into a `PartitionSpec` of mesh axes, strictly.
+
+  Args:
+    names: one axis name, or None, per dimension.
+    rules: from names to mesh axes.
+    where: what to call the array in errors (its path).
+    shape, mesh: if given, each size is checked to divide over its mesh axes.
+
+  Raises:
+    ValueError: see above; one line.
+  """
+  if shape is not None and len(names) != len(shape):
+    raise ValueError(f'{where}: names {tuple(names)} do not name shape {tuple(shape)}')
+  for name in names:
+    if name is not None and name not in rules:
+      raise ValueError(
+        f'{where}: no sharding rule for axis {name!r}{_closest(name, rules)}'
+      )
+  axes = [None if name is None else rules[name] for name in names]
+  used = [a for entry in axes for a in _tuple(entry)]
+  if len(set(used)) != len(used):
+    raise ValueError(f'{where}: axes {tuple(names)} use a mesh axis twice: {axes}')
+  if shape is not None and mesh is not None:
+    for name, size, entry in zip(names, shape, axes):
+      parts = math.prod(mesh.shape[a] for a in _tuple(entry))
+      if size % parts:
+        raise ValueError(
+          f'{where}: axis {name!r} of size {size} does not divide over {entry} = {parts}'
+        )
+  return P(*axes)
+
+
+def shardings(names: Any, abstract: Any, mesh: Mesh, rules: Rules) -> Any:
+  """A tree of `NamedSharding` for a tree of arrays (or shapes) and its names.
+
+  Raises:
+    ValueError: a rule is missing, doubled or does not divide (with the path).
+  """
+
+  def one(path, spec, leaf):
+    where = jax.tree_util.keystr(path, simple=True, separator='/')
+    return NamedSharding(mesh, to_spec(tuple(spec), rules, where, leaf.shape, mesh))
+
+  return jax.tree_util.tree_map_with_path(
+    one, names, abstract, is_leaf=lambda x: isinstance(x, P)
+  )
+
+
+def make_mesh(sizes: Mapping[str, int] | None = None, devices=None) -> Mesh:
+  """A mesh over all devices with every axis of `MESH_AXES`; -1 fills one axis.
+
+  Args:
+    sizes: e.g. {'data': -1, 'tensor': 2}; axes not named have size 1. Empty
+      means all devices on 'data'.
+    devices: default `jax.devices()`.
+
+  Raises:
+    ValueError: unknown axis, two -1, or sizes that don't multiply to the number
+      of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = dict(sizes or {'data': -1})
+  for axis, size in sizes.items():
+    if axis not in MESH_AXES:
+      raise ValueError(f'unknown mesh axis {axis!r}{_closest(axis, MESH_AXES)}')
+    if size < 1 and size != -1:
+      raise ValueError(f'mesh axis {axis!r} has size {size}; it must be positive, or -1')
+  free = [a for a, n in sizes.items() if n == -1]
+  if len(free) > 1:
+    raise ValueError(f'mesh axes {free} are all -1; only one can be filled')
+  known = math.prod(n for n in sizes.values() if n != -1)
+  n = len(devices)
+  if n % known or (not free and n != known):
+    fits = [k for k in range(1, n + 1) if n % k == 0]
+    raise ValueError(
+      f'mesh {sizes} needs {known} devices, there are {n}; sizes that divide: {fits}'
+    )
+  if free:
+    sizes[free[0]] = n // known
+  shape = tuple(sizes.get(a, 1) for a in MESH_AXES)
+  return jax.make_mesh(
+    shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices
+  )
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh, rules: Rules):
+  """Inside, `constrain` acts; outside it does nothing."""
+  token = _rules.set(dict(rules))
+  try:
+    with jax.set_mesh(mesh):
+      yield
+  finally:
+    _rules.reset(token)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+  """Places an activation by the names of its axes; nothing outside of `use`.
+
+  Raises:
+    ValueError: inside of `use`, if the names don't fit the array or the mesh.
+  """
+  rules = _rules.get()
+  if rules is None:
+    return x
+  mesh = jax.sharding.get_abstract_mesh()
+  spec = to_spec(names, rules, f'activation {x.shape}', x.shape, mesh)
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def batch_shardings(batch: Any, mesh: Mesh, rules: Rules) -> Any:
+  """Shardings of a batch: rows over the row axes, everything else whole.
+
+  Raises:
+    ValueError: the rows don't divide over the mesh.
+  """
+
+  def one(path, leaf):
+    where = 'batch' + jax.tree_util.keystr(path)
+    names = ('batch',) + (None,) * (leaf.ndim - 1)
+    return NamedSharding(mesh, to_spec(names, rules, where, leaf.shape, mesh))
+
+  return jax.tree_util.tree_map_with_path(one, batch)
+
+
+def place_batch(local: Any, global_rows: int, mesh: Mesh, rules: Rules) -> Any:
+  """Builds the global batch from the rows that this process has loaded.
+
+  Args:
+    local: a batch of NumPy arrays, [rows of this process, ...].
+    global_rows: rows over all processes.
+  """
+
+  def shape(leaf):
+    return jax.ShapeDtypeStruct((global_rows, *leaf.shape[1:]), leaf.dtype)
+
+  specs = batch_shardings(jax.tree.map(shape, local), mesh, rules)
+  return jax.tree.map(
+    lambda s, leaf: jax.make_array_from_process_local_data(
+      s, leaf, (global_rows, *leaf.shape[1:])
+    ),
+    specs,
+    local,
+  )
+
+
+def table(abstract: Any, shardings_: Any) -> str:
+  """A printable table: path, shape, spec and bytes per device of each leaf."""
+  rows = [('parameter', 'shape', 'spec', 'bytes/device')]
+  total = 0
+  for path, leaf, s in _leaves(abstract, shardings_):
+    size = math.prod(s.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+    total += size
+    spec = ', '.join('-' if e is None else '+'.join(_tuple(e)) for e in s.spec)
+    rows.append((path, 'x'.join(map(str, leaf.shape)), spec, f'{size:,}'))
+  rows.append(('total', '', '', f'{total:,}'))
+  widths = [max(len(r[i]) for r in rows) for i in range(4)]
+  return '\n'.join(
+    '  '.join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows
+  )
+
+
+def refuse_replicated(abstract: Any, shardings_: Any, limit: float) -> None:
+  """Refuses a layout that leaves many parameter bytes whole on every device.
+
+  Raises:
+    ValueError: the share of bytes in unsplit leaves is over `limit`, though the
+      mesh has axes to split parameters over.
+  """
+  total, whole, worst = 0, 0, []
+  for path, leaf, s in _leaves(abstract, shardings_):
+    if s.mesh.size == 1:
+      return
+    size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+    total += size
+    if s.is_fully_replicated:
+      whole += size
+      worst.append((size, path))
+  if total and whole / total > limit:
+    names = ', '.join(path for _, path in sorted(worst, reverse=True)[:3])
+    raise ValueError(
+      f'{whole / total:.0%} of parameter bytes are replicated on every device, over'
+      f' sharding.max_replicated = {limit:.0%}; the largest: {names}'
+    )
+
+
+def _leaves(abstract, shardings_):
+  flat = jax.tree_util.tree_leaves_with_path(abstract)
+  for (path, leaf), s in zip(flat, jax.tree.leaves(shardings_), strict=True):
+    yield jax.tree_util.keystr(path, simple=True, separator='/'), leaf, s
+
+
+def _tuple(entry: MeshAxes) -> tuple[str, ...]:
+  if entry is None:
+    return ()
+  return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _closest(word, choices) -> str:
+  near = difflib.get_close_matches(str(word), [str(c) for c in choices], n=1)
+  hint = f'; did you mean {near[0]!r}?' if near else ''
+  return f'{hint} (choices: {", ".join(sorted(map(str, choices)))})'

@@ -1,0 +1,56 @@
+"""Packaging of mmjax; tool settings are in pyproject.toml."""
+
+import pathlib
+import re
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(
+  r"__version__ = '(.+)'", (HERE / 'mmjax' / '__init__.py').read_text()
+).group(1)
+
+setuptools.setup(
+  name='mmjax',
+  version=VERSION,
+  description='Train, evaluate and reuse multimodal models in JAX, TPU-first.',
+  long_description=(HERE / 'README.md').read_text(),
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  python_requires='>=3.11',
+  packages=setuptools.find_packages(include=['mmjax', 'mmjax.*']),
+  package_data={'mmjax': ['py.typed', '**/*.html.j2']},
+  install_requires=[
+    'absl-py',
+    'array-record>=0.8',
+    'flax>=0.12',
+    'grain>=0.2.16',
+    'jax>=0.10',
+    'jinja2',
+    'matplotlib',
+    'ml-collections>=1.1',
+    'msgpack',
+    'numpy>=2',
+    'optax>=0.2.6',
+    'orbax-checkpoint>=0.11.30',
+    'pillow>=11',
+    'sentencepiece',
+    'tensorboardX',
+    'tensorflow-datasets>=4.9.9',
+    'tokenizers>=0.21',
+    'tqdm',
+  ],
+  extras_require={
+    'quickstart': ['easy-vqa==1.0'],
+    'test': [
+      'easy-vqa==1.0',
+      'hypothesis',
+      'psutil',
+      'pytest>=8',
+      'pytest-xdist',
+      'ruff',
+    ],
+    # CPU torch as a peer to measure and compare with; never needed to run mmjax.
+    'parity': ['torch==2.13.0'],
+  },
+)
