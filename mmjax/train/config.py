@@ -1,0 +1,343 @@
+"""Configuration: plain data in, one clear line out when something is wrong.
+
+  configs/quickstart.py:tiny   a file with get_config(variant) -> ConfigDict
+  --config.train.steps=20      overrides, through ml_collections' config_flags
+  <workdir>/config.json        what was resolved; a resumed run must agree with it
+
+A config file names only what it changes; `defaults()` is the complete table, so
+every key can be overridden and a wrong one is told with the closest right one.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import pathlib
+import re
+import sys
+import traceback
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_dict, config_flags
+
+from mmjax.sharding import RULES
+
+OPTIONAL = config_dict.placeholder
+SECTIONS = ('seed', 'data', 'model', 'optim', 'sharding', 'train', 'eval')
+# Sections whose keys are the fields of something else, which checks them itself.
+_OPEN = ('model', 'optim.options', 'data.image', 'data.budget.image', 'sharding.mesh',
+         'sharding.rules', 'eval')  # fmt: skip
+# What a resumed run may change: nothing of it changes the parameters' way
+# (`sharding` only by rounding).
+MAY_DIFFER = ('data.workers', 'data.path', 'data.max_bad_share', 'eval.', 'sharding.',
+              'train.log_every', 'train.checkpoint_every', 'train.keep',
+              'train.max_skipped', 'train.compilation_cache')  # fmt: skip
+
+
+def defaults() -> ConfigDict:
+  """Every key that there is, with its default; None stands for "not set"."""
+  return ConfigDict(
+    dict(
+      seed=0,
+      data=dict(
+        source=OPTIONAL(str),  # what mmjax.data.prepare makes `path` from
+        path=OPTIONAL(str),
+        tokenizer='bytes',
+        split='train',
+        rows=8,  # rows of one step, over all devices and processes
+        image=dict(),  # fields of mmjax.data.media.ImageRule
+        image_attention='block',
+        budget=dict(stream=1024, targets=256, image=dict()),
+        workers=0,
+        max_bad_share=0.01,
+      ),
+      model=dict(name='unified'),
+      optim=dict(
+        name='adamw',
+        learning_rate=1e-3,
+        schedule=dict(
+          name='cosine', warmup_steps=0, decay_steps=OPTIONAL(int), final_share=0.0
+        ),
+        weight_decay=0.0,
+        clip_norm=OPTIONAL(float),
+        no_decay=(),  # patterns of parameter paths, beside norms, biases, embeddings
+        multipliers=(),  # pairs (pattern, factor of the learning rate)
+        freeze=(),  # patterns of parameter paths
+        ema=OPTIONAL(float),  # decay of the moving average of the parameters
+        options=dict(),  # arguments of the optimizer, e.g. b2=0.95
+      ),
+      sharding=dict(preset='dp', mesh=dict(data=-1), rules=dict(), max_replicated=0.02),
+      train=dict(
+        task='next_token',
+        steps=1000,
+        z_loss=0.0,
+        accumulate=1,
+        max_skipped=10,  # non-finite updates in a row before the run stops
+        log_every=20,
+        checkpoint_every=500,
+        keep=3,
+        compilation_cache=OPTIONAL(str),  # a directory; None = off
+      ),
+      eval=dict(),
+    )
+  )
+
+
+def load(spec: str) -> ConfigDict:
+  """Loads 'file.py' or 'file.py:variant' and fills in the defaults.
+
+  Raises:
+    ValueError: no such file (the closest is told), or keys that don't exist.
+  """
+  path, _, variant = spec.partition(':')
+  file = pathlib.Path(path)
+  if not file.is_file():
+    near = closest(path, [str(p) for p in sorted(file.parent.glob('*.py'))])
+    raise ValueError(f'no config file {path!r}{near}')
+  module_spec = importlib.util.spec_from_file_location(f'config_{file.stem}', file)
+  module = importlib.util.module_from_spec(module_spec)
+  module_spec.loader.exec_module(module)
+  return resolve(module.get_config(*([variant] if variant else [])))
+
+
+def resolve(given: ConfigDict) -> ConfigDict:
+  """The given keys over the defaults, in the order of `SECTIONS`.
+
+  Raises:
+    ValueError: an unknown key or a value of the wrong type.
+  """
+  config = defaults()
+  _merge(config, given, '')
+  return config
+
+
+def _merge(into: ConfigDict, given: Any, prefix: str) -> None:
+  for key in given:
+    path, value = prefix + key, given.get_ref(key).get()
+    section = path.rpartition('.')[0]
+    if key not in into:
+      if not any(section == p or section.startswith(p + '.') for p in _OPEN):
+        raise ValueError(f'unknown config key {path!r}{near_key(path, defaults())}')
+      into[key] = OPTIONAL(object) if value is None else value
+      continue
+    old = into.get_ref(key).get()
+    if isinstance(old, ConfigDict):
+      if not isinstance(value, ConfigDict):
+        raise ValueError(f'config.{path} = {value!r}: must be a section')
+      _merge(into[key], value, path + '.')
+    elif value is not None:
+      try:
+        into[key] = tuple(value) if isinstance(value, list) else value
+      except TypeError:
+        want = into.get_type(key).__name__
+        raise ValueError(f'config.{path} = {value!r}: must be {want}') from None
+
+
+def near_key(path: str, config: ConfigDict) -> str:
+  """The closest right key, for an error: by the whole path, or by its last word."""
+  paths = _flat(config)
+  sections = {p.rpartition('.')[0] for p in paths} - {''}
+  words = {p.rpartition('.')[2]: p for p in paths}
+  section, _, word = path.rpartition('.')
+  near = [p for p in paths if p.rpartition('.')[0] == section]
+  near = difflib.get_close_matches(path, near, 1)
+  near = near or [p for w, p in words.items() if w == word]
+  near = near or difflib.get_close_matches(path, [*paths, *sections], 1)
+  near = near or [words[w] for w in difflib.get_close_matches(word, words, 1)]
+  hint = f'; did you mean {near[0]!r}?' if near else ''
+  inside = [p.rpartition('.')[2] for p in paths if p.rpartition('.')[0] == section]
+  return f'{hint} (choices: {", ".join(inside or config)})'
+
+
+def closest(word: str, choices) -> str:
+  near = difflib.get_close_matches(str(word), list(choices), n=1)
+  hint = f'; did you mean {near[0]!r}?' if near else ''
+  return f'{hint} (choices: {", ".join(sorted(choices))})'
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """For `absl.app.run(main, flags_parser=parse_flags)`; sets FLAGS.config.
+
+  Anything wrong is one line on stderr and exit code 2.
+  """
+  try:
+    return parse(argv, flags.FLAGS)
+  except (ValueError, flags.Error) as e:
+    sys.exit(refuse(e))
+
+
+def parse(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
+  """Parses --config=FILE[:VARIANT] and --config.a.b=value into flag_values.config.
+
+  Raises:
+    ValueError: no config, an unknown key, a value of the wrong type, or names
+      that `check` refuses.
+  """
+  if any(re.match(r'--?help(short|full|xml)?$', a) for a in argv):
+    return flag_values(argv)
+  argv = _join(argv)
+  specs = [a.partition('=')[2] for a in argv if re.match('--?config=', a)]
+  if not specs:
+    raise ValueError('no config; for example --config=configs/quickstart.py')
+  rest = [a for a in argv if not re.match('--?config=', a)]
+  config = load(specs[-1])
+  for arg in rest:
+    if hit := re.match(r'--?(no)?config\.([^=]+)', arg):
+      _known(hit.group(2), config)
+  config_flags.DEFINE_config_dict('config', config, flag_values=flag_values, sys_argv=rest)
+  try:
+    out = flag_values(rest)
+  except flags.IllegalFlagValueError as e:
+    key = re.match(r'flag --config\.([^=]+)=(.*?): ', str(e))
+    if not key:
+      raise
+    kind = _type(key.group(1), config)
+    raise ValueError(f'--config.{key[1]}={key[2]}: must be {kind}') from None
+  check(flag_values.config)
+  return out
+
+
+def _join(argv):
+  """['--config', 'x'] -> ['--config=x'], for --config alone."""
+  out = []
+  for arg in argv:
+    if out and out[-1] in ('-config', '--config'):
+      out[-1] += '=' + arg
+    else:
+      out.append(arg)
+  return out
+
+
+def _known(path: str, config: ConfigDict) -> None:
+  node = config
+  for word in path.split('.'):
+    if not isinstance(node, ConfigDict) or word not in node:
+      raise ValueError(f'unknown config key {path!r}{near_key(path, config)}')
+    node = node.get_ref(word).get()
+
+
+def _type(path, config):
+  section, _, key = path.rpartition('.')
+  for word in section.split('.') if section else ():
+    config = config[word]
+  return config.get_type(key).__name__
+
+
+def check(config: ConfigDict) -> None:
+  """Checks every name that picks something from a table, before anything is built.
+
+  Raises:
+    ValueError: one line with the closest right name.
+  """
+  from mmjax.train import optim, tasks
+
+  for path, table in (
+    ('optim.name', optim.OPTIMIZERS),
+    ('optim.schedule.name', optim.SCHEDULES),
+    ('sharding.preset', RULES),
+    ('train.task', tasks.TASKS),
+    ('model.name', _models()),
+  ):
+    name = _flat(config)[path]
+    if name not in table:
+      raise ValueError(f'config.{path} = {name!r}{closest(name, table)}')
+  for path in ('data.path', 'data.source'):
+    if _flat(config)[path] is None:
+      raise ValueError(f'config.{path} is not set')
+  for path in (
+    'train.steps', 'train.accumulate', 'train.log_every', 'train.checkpoint_every',
+    'train.keep', 'train.max_skipped', 'data.rows',
+  ):  # fmt: skip
+    if _flat(config)[path] < 1:
+      raise ValueError(f'config.{path} = {_flat(config)[path]}: must be at least 1')
+  if config.data.rows % config.train.accumulate:
+    raise ValueError(
+      f'config.train.accumulate = {config.train.accumulate} does not divide'
+      f' config.data.rows = {config.data.rows}'
+    )
+
+
+def _models():
+  from mmjax.models import MODELS
+
+  return MODELS
+
+
+def _flat(config: ConfigDict, prefix: str = '') -> dict[str, Any]:
+  out = {}
+  for key in config:
+    value = config.get_ref(key).get()
+    if isinstance(value, ConfigDict):
+      out |= _flat(value, f'{prefix}{key}.')
+    else:
+      out[prefix + key] = value
+  return out
+
+
+def to_json(config: ConfigDict) -> str:
+  return json.dumps(config.to_dict(), indent=2) + '\n'
+
+
+def from_json(text: str) -> ConfigDict:
+  """The config of a workdir's config.json."""
+  return resolve(ConfigDict(json.loads(text)))
+
+
+def refuse_changes(old: ConfigDict, new: ConfigDict) -> list[str]:
+  """Compares the config of a workdir with the one given now.
+
+  `train.steps` may change where the learning rate doesn't depend on it (a
+  constant or rsqrt schedule, or decay_steps set).
+
+  Returns:
+    The keys that differ, all of them allowed to.
+
+  Raises:
+    ValueError: a key differs that would change the run.
+  """
+  a, b = (_flat(ConfigDict(json.loads(to_json(c)))) for c in (old, new))
+  missing = object()
+  differ = [k for k in sorted(a | b) if a.get(k, missing) != b.get(k, missing)]
+  schedule = new.optim.schedule
+  free = schedule.name in ('constant', 'rsqrt') or schedule.decay_steps is not None
+  allowed = MAY_DIFFER + (('train.steps',) if free else ())
+
+  def may(key):
+    return any(key == p or (p.endswith('.') and key.startswith(p)) for p in allowed)
+
+  bad = [k for k in differ if not may(k)]
+  if bad:
+    told = ', '.join(f'{k} ({a.get(k)!r} -> {b.get(k)!r})' for k in bad)
+    raise ValueError(
+      f'the workdir holds a run with another config: {told}; use another --workdir'
+      f' (these may differ: {", ".join(allowed)})'
+    )
+  return differ
+
+
+def refuse(error: BaseException) -> int:
+  """Prints an error as one line; returns the exit code, 2."""
+  line = ' '.join(str(error).split())
+  print(f'error: {line}', file=sys.stderr, flush=True)
+  return 2
+
+
+def is_ours(error: BaseException) -> bool:
+  """Whether the error was raised by mmjax itself, so that its one line says all."""
+  frames = traceback.extract_tb(error.__traceback__)
+  root = str(pathlib.Path(__file__).parent.parent)
+  return bool(frames) and frames[-1].filename.startswith(root)
+
+
+def fields_of(config: ConfigDict, cls: type, where: str) -> Any:
+  """`cls(**config)` with unknown fields told in one line.
+
+  Raises:
+    ValueError: a key that isn't a field of the dataclass.
+  """
+  names = [f.name for f in dataclasses.fields(cls)]
+  for key in config:
+    if key not in names:
+      raise ValueError(f'config.{where} has no {key!r}{closest(key, names)}')
+  return cls(**config.to_dict())

@@ -1,0 +1,268 @@
+"""Optimizers: who is trained, how fast, and with what decay, all by parameter path.
+
+  update = -lr(step) * multiplier(path) * (direction(gradient) + decay * parameter)
+
+The direction comes from optax. A frozen parameter is taken out of the tree before
+the gradient is taken: no gradient, no optimizer memory, no change of a bit.
+Patterns are those of the shell (`fnmatch`) on paths like 'layers/mlp/up'; one that
+matches nothing is an error. AdamW: Loshchilov & Hutter 1711.05101; Adafactor:
+Shazeer & Stern 1804.04235; Lion: Chen et al. 2302.06675.
+"""
+
+import dataclasses
+import fnmatch
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec
+
+from mmjax.train.config import closest
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+def _adamw(*, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8):
+  return optax.scale_by_adam(b1, b2, eps)
+
+
+def _adafactor(
+  *,
+  decay_rate: float = 0.8,
+  min_dim_size_to_factor: int = 128,
+  clipping_threshold: float = 1.0,
+  scale_by_parameter: bool = True,
+):
+  parts = [
+    optax.scale_by_factored_rms(
+      decay_rate=decay_rate, min_dim_size_to_factor=min_dim_size_to_factor
+    ),
+    optax.clip_by_block_rms(clipping_threshold),
+  ]
+  if scale_by_parameter:
+    parts.append(optax.scale_by_param_block_rms())
+  return optax.chain(*parts)
+
+
+def _lion(*, b1: float = 0.9, b2: float = 0.99):
+  return optax.scale_by_lion(b1, b2)
+
+
+def _sgd(*, momentum: float = 0.9, nesterov: bool = False):
+  return optax.trace(momentum, nesterov) if momentum else optax.identity()
+
+
+OPTIMIZERS = {'adamw': _adamw, 'adafactor': _adafactor, 'lion': _lion, 'sgd': _sgd}
+
+
+def _constant(peak, steps, final):
+  return optax.constant_schedule(peak)
+
+
+def _cosine(peak, steps, final):
+  return optax.cosine_decay_schedule(peak, steps, final)
+
+
+def _linear(peak, steps, final):
+  return optax.linear_schedule(peak, peak * final, steps)
+
+
+SCHEDULES = {
+  'constant': _constant,
+  'cosine': _cosine,
+  'linear': _linear,
+  'rsqrt': None,  # peak * sqrt(warmup / step): has no end, see `make_schedule`
+}
+
+
+def make_schedule(
+  name: str, peak: float, steps: int, warmup_steps: int = 0, final_share: float = 0.0
+) -> Schedule:
+  """The learning rate as a function of the number of updates made.
+
+  Args:
+    name: 'constant', 'cosine', 'linear' or 'rsqrt'.
+    peak: learning rate after the warm-up.
+    steps: all steps, warm-up included; where the decay ends.
+    warmup_steps: linear from 0; the first update already gets peak / warmup_steps.
+    final_share: the end, as a share of the peak.
+
+  Raises:
+    ValueError: an unknown name, or a warm-up that leaves no steps to decay.
+  """
+  if name not in SCHEDULES:
+    raise ValueError(f'unknown schedule {name!r}{closest(name, SCHEDULES)}')
+  if name == 'rsqrt':
+    origin = max(warmup_steps, 1)
+
+    def after(count):
+      return peak * jnp.sqrt(origin / (origin + jnp.maximum(count, 0.0)))
+
+  elif name != 'constant' and warmup_steps >= steps:
+    raise ValueError(f'schedule: warmup_steps = {warmup_steps} of {steps} steps')
+  else:
+    after = SCHEDULES[name](peak, steps - warmup_steps, final_share)
+
+  def rate(count):
+    count = jnp.asarray(count, jnp.float32)
+    warm = peak * (count + 1) / max(warmup_steps, 1)
+    return jnp.where(count < warmup_steps, warm, after(count - warmup_steps))
+
+  return rate
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """How the parameters are updated.
+
+  tx:       the optax transformation, for the trained part of the tree.
+  schedule: learning rate by the number of updates.
+  trained:  tree of bool, like the parameters; False = frozen.
+  decayed:  tree of bool; True = weight decay.
+  ema:      decay of the moving average of the trained parameters, or None.
+  """
+
+  tx: optax.GradientTransformation
+  schedule: Schedule
+  trained: Any
+  decayed: Any
+  ema: float | None = None
+
+  def split(self, params) -> tuple[Any, Any]:
+    """(trained, frozen): both like params, with None at the other's leaves."""
+    trained = jax.tree.map(lambda t, p: p if t else None, self.trained, params)
+    frozen = jax.tree.map(lambda t, p: None if t else p, self.trained, params)
+    return trained, frozen
+
+
+def merge(first: Any, second: Any) -> Any:
+  """Puts the two halves of `Optimizer.split` together; the first one goes before."""
+  return jax.tree.map(
+    lambda a, b: b if a is None else a, first, second, is_leaf=lambda x: x is None
+  )
+
+
+def build(
+  params: Any,
+  names: Any,
+  *,
+  name: str,
+  learning_rate: float,
+  steps: int,
+  schedule: Mapping[str, Any] | None = None,
+  weight_decay: float = 0.0,
+  clip_norm: float | None = None,
+  no_decay: Sequence[str] = (),
+  multipliers: Sequence[tuple[str, float]] = (),
+  freeze: Sequence[str] = (),
+  ema: float | None = None,
+  options: Mapping[str, Any] | None = None,
+) -> Optimizer:
+  """Builds the optimizer of a tree of parameters.
+
+  Args:
+    params: the tree (arrays or shapes).
+    names: the same tree of axis names (`sharding.axis_names`); by them the decay
+      leaves out what is a vector per layer (norms, biases), however it is stacked.
+    name: a key of `OPTIMIZERS`; `options` are its arguments.
+    steps: steps of the run, the end of the decay unless schedule.decay_steps.
+    others: see `config.defaults`.
+
+  Raises:
+    ValueError: an unknown name or option, or a pattern that matches nothing.
+  """
+  if name not in OPTIMIZERS:
+    raise ValueError(f'unknown optimizer {name!r}{closest(name, OPTIMIZERS)}')
+  options = dict(options or {})
+  allowed = inspect.signature(OPTIMIZERS[name]).parameters
+  for key in options:
+    if key not in allowed:
+      raise ValueError(f'optimizer {name!r} has no option {key!r}{closest(key, allowed)}')
+  trained = jax.tree.map(lambda hit: not hit, match(params, freeze, 'optim.freeze'))
+  if not any(jax.tree.leaves(trained)):
+    raise ValueError(f'optim.freeze = {tuple(freeze)} freezes every parameter')
+  plain = dict(schedule or {'name': 'constant'})
+  rate = make_schedule(
+    plain['name'],
+    learning_rate,
+    plain.get('decay_steps') or steps,
+    plain.get('warmup_steps', 0),
+    plain.get('final_share', 0.0),
+  )
+  decayed = decay_mask(params, names, no_decay)
+  factors = _factors(params, multipliers)
+
+  def live(tree):
+    return jax.tree.map(lambda t, x: x if t else None, trained, tree)
+
+  parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+  parts.append(OPTIMIZERS[name](**options))
+  if weight_decay:
+    parts.append(optax.add_decayed_weights(weight_decay, live(decayed)))
+  if multipliers:
+    parts.append(_scale_by(live(factors)))
+  parts.append(optax.scale_by_learning_rate(rate))
+  return Optimizer(optax.chain(*parts), rate, trained, decayed, ema)
+
+
+def paths(tree: Any) -> list[str]:
+  return [
+    jax.tree_util.keystr(path, simple=True, separator='/')
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+  ]
+
+
+def match(params: Any, patterns: Sequence[str], what: str) -> Any:
+  """Tree of bool: which leaves' paths match any of the patterns.
+
+  Raises:
+    ValueError: a pattern matches no path; lists the paths.
+  """
+  every = paths(params)
+  for pattern in patterns:
+    if not fnmatch.filter(every, pattern):
+      raise ValueError(
+        f'{what}: {pattern!r} matches no parameter (there are: {", ".join(every)})'
+      )
+  hits = [any(fnmatch.fnmatchcase(p, q) for q in patterns) for p in every]
+  return jax.tree.unflatten(jax.tree.structure(params), hits)
+
+
+def decay_mask(params: Any, names: Any, no_decay: Sequence[str] = ()) -> Any:
+  """Tree of bool: True = weight decay.
+
+  Left out: leaves with fewer than two axes beside 'layers' (norms, gates), biases,
+  embeddings (a 'vocab' axis first, beside 'layers'), and what `no_decay` matches.
+  """
+  named = match(params, no_decay, 'optim.no_decay')
+
+  specs = jax.tree.leaves(names, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+  def one(path, spec, hit):
+    axes = [a for a in spec if a != 'layers']
+    vector = len(axes) < 2 or 'bias' in path.rpartition('/')[2]
+    return not (vector or axes[0] == 'vocab' or hit)
+
+  flat = map(one, paths(params), specs, jax.tree.leaves(named))
+  return jax.tree.unflatten(jax.tree.structure(params), flat)
+
+
+def _factors(params, multipliers):
+  match(params, [pattern for pattern, _ in multipliers], 'optim.multipliers')
+
+  def one(path):
+    hits = (f for pattern, f in multipliers if fnmatch.fnmatchcase(path, pattern))
+    return next(hits, 1.0)
+
+  return jax.tree.unflatten(jax.tree.structure(params), [one(p) for p in paths(params)])
+
+
+def _scale_by(factors):
+  def update(updates, state, params=None):
+    del params
+    return jax.tree.map(lambda f, u: f * u, factors, updates), state
+
+  return optax.GradientTransformation(lambda _: optax.EmptyState(), update)

@@ -1,0 +1,154 @@
+"""One step of training, as a pure function of (state, batch).
+
+  loss = sum over trained tokens / their global count
+
+The count is taken once, over all microbatches and all devices, so accumulation
+and sharding change nothing but the order of the additions. Microbatch a takes the
+rows a, a + A, a + 2A, ...: then every device keeps the rows it holds.
+
+  rows of a batch    0 1 2 3 | 4 5 6 7      two devices, A = 2
+  microbatch 0       0   2   | 4   6
+  microbatch 1         1   3 |   5   7
+
+If loss or gradient is not finite, the update is left out and counted.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mmjax import sharding
+from mmjax.train.optim import Optimizer, merge
+from mmjax.train.state import TrainState
+
+# (params, batch, rng, train) -> (sum of losses, sums: {'weight': count, ...})
+LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def make_step(
+  loss_fn: LossFn,
+  optimizer: Optimizer,
+  rng: jax.Array,
+  *,
+  accumulate: int = 1,
+  grad_shardings: Any = None,
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+  """The step (state, batch) -> (state, metrics); pure, to be jitted outside.
+
+  Args:
+    loss_fn: see `LossFn`; every value of the dict is a sum over trained tokens.
+    rng: base key; step s uses fold_in(rng, s).
+    accumulate: A, microbatches of a step; divides the rows.
+    grad_shardings: shardings of the parameters; gradients are kept there.
+
+  Returns:
+    The step. Its metrics are f32[]: 'loss' and the task's own (each divided by the
+    count), 'weight' (the count), 'grad_norm', 'learning_rate', 'skipped' (0 or 1)
+    and 'skipped_in_a_row'.
+  """
+
+  def place(tree):
+    if grad_shardings is None:
+      return tree
+    placed, _ = optimizer.split(grad_shardings)
+    return jax.lax.with_sharding_constraint(tree, placed)
+
+  def step(state, batch):
+    trained, frozen = optimizer.split(state.params)
+    key = jax.random.fold_in(rng, state.step)
+
+    def loss(trained, batch, key):
+      total, sums = loss_fn(merge(trained, frozen), batch, key, True)
+      return total, {'loss': total, **sums}
+
+    gradient = jax.grad(loss, has_aux=True)
+    if accumulate == 1:
+      grads, sums = gradient(trained, batch, key)
+      grads = place(grads)
+    else:
+
+      def one(carry, xs):
+        micro, i = xs
+        new = gradient(trained, micro, jax.random.fold_in(key, i))
+        grads, sums = jax.tree.map(jnp.add, carry, new)
+        return (place(grads), sums), None
+
+      micros = split_rows(batch, accumulate)
+      first = jax.tree.map(lambda x: x[0], micros)
+      shapes = jax.eval_shape(gradient, trained, first, key)
+      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+      (grads, sums), _ = jax.lax.scan(one, zeros, (micros, jnp.arange(accumulate)))
+
+    count = sums['weight']
+    share = jnp.where(count > 0, 1 / jnp.maximum(count, 1e-30), 0.0)
+    grads = jax.tree.map(lambda g: g * share.astype(g.dtype), grads)
+    metrics = {k: v * share for k, v in sums.items() if k != 'weight'}
+    norm = optax.global_norm(grads)
+
+    updates, opt_state = optimizer.tx.update(grads, state.opt_state, trained)
+    updated = optax.apply_updates(trained, updates)
+    ema = state.ema
+    if ema is not None:
+      ema = jax.tree.map(
+        lambda old, new: optimizer.ema * old + (1 - optimizer.ema) * new, ema, updated
+      )
+    good = jnp.isfinite(metrics['loss']) & jnp.isfinite(norm)
+    updated, opt_state, ema = jax.tree.map(
+      lambda new, old: jnp.where(good, new, old),
+      (updated, opt_state, ema),
+      (trained, state.opt_state, state.ema),
+    )
+    bad = 1 - good.astype(jnp.int32)
+    in_a_row = (state.skipped_in_a_row + 1) * bad
+    metrics |= {
+      'weight': count,
+      'grad_norm': norm,
+      'learning_rate': optimizer.schedule(state.step - state.skipped),
+      'skipped': bad,
+      'skipped_in_a_row': in_a_row,
+    }
+    new_state = TrainState(
+      step=state.step + 1,
+      params=merge(updated, frozen),
+      opt_state=opt_state,
+      ema=ema,
+      skipped=state.skipped + bad,
+      skipped_in_a_row=in_a_row,
+    )
+    return new_state, {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
+
+  return step
+
+
+def split_rows(batch: Any, parts: int) -> Any:
+  """[B, ...] -> [A, B / A, ...]; see the picture above.
+
+  Raises:
+    ValueError: A doesn't divide the rows.
+  """
+
+  def one(x):
+    if x.shape[0] % parts:
+      raise ValueError(f'train.accumulate = {parts} does not divide {x.shape[0]} rows')
+    x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+    return sharding.constrain(x, None, 'batch', *[None] * (x.ndim - 2))
+
+  return jax.tree.map(one, batch)
+
+
+def compile_step(step, abstract: TrainState, batch: Any):
+  """Compiles the step ahead of time: one compile per run, by construction.
+
+  Another shape, dtype or sharding afterwards is an error, never a silent compile.
+  The state is donated.
+
+  Args:
+    abstract: `state.plan`'s state of shapes with shardings.
+    batch: the same of a batch.
+  """
+  placed = jax.tree.map(lambda x: x.sharding, abstract)
+  jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
+  return jitted.lower(abstract, batch).compile()
