@@ -1,0 +1,1 @@
+"""From source records to packed batches: documents, tokenizers, media, storage."""

@@ -1,0 +1,187 @@
+"""An example: one document as arrays of its true lengths.
+
+  spans      Image 2x1       Text(prompt)  Text(answer, trained)
+  tokens     -1 -1           12 7          40 end
+  order       0  0            1 2           3 4       an image = one rank
+  last        0  0            1 2           3 4       first = 0 everywhere
+  positions  000 010         222 333       444 555    time, row, column
+  weights     0  0            0 0           1 1
+  source      0  1           -1 -1         -1 -1
+
+Positions of media follow M-RoPE (Qwen2-VL, 2409.12191): text counts on from
+the largest side of the grid before it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from mmjax.batch import PLACEHOLDER, Item
+from mmjax.data import media as media_lib
+from mmjax.data.document import BadDocument, Document, Image, kind_of
+
+Slots = Callable[[Item], tuple[int, int, int]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MediaArrays:
+  """All media of one kind in one document.
+
+  values:     u8 or f32[P, C] patches
+  positions:  i32[P, 3] time, row, column inside the item
+  items:      i32[P] which item owns the patch, from 1
+  item_order: i32[I] the item's rank in the document
+  """
+
+  values: np.ndarray
+  positions: np.ndarray
+  items: np.ndarray
+  item_order: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+  """One document of n slots; tags as in `batch.Stream`, without the row's padding.
+
+  tokens, order, first, last, source: i32[n]; positions: i32[n, 3];
+  weights: f32[n]; media: by kind, only the kinds there are.
+  """
+
+  tokens: np.ndarray
+  order: np.ndarray
+  first: np.ndarray
+  last: np.ndarray
+  positions: np.ndarray
+  weights: np.ndarray
+  source: np.ndarray
+  media: dict[str, MediaArrays]
+
+  def __len__(self):
+    return len(self.tokens)
+
+
+def to_example(
+  document: Document,
+  *,
+  tokenizer: Any,
+  rules: Mapping[str, Any],
+  slots: Slots,
+  image_attention: str = 'block',
+) -> Example:
+  """Tokenises, decodes, resizes, patchifies and tags one document.
+
+  Args:
+    document: the document.
+    tokenizer: see `data.tokenizer`. Every trained text is closed by its
+      `end_id`, trained too: that is where generation stops.
+    rules: by media kind, how an item becomes patches (`media.ImageRule`). A rule
+      of another kind has `grid(frames, height, width)` and `patches(span)`.
+    slots: the model's answer to how many stream slots an item takes, as a grid.
+    image_attention: 'block' (slots of an item share one rank, so that they see
+      each other) or 'causal' (each has its own).
+
+  Returns:
+    The example. Its first slot is never trained: nothing stands before it.
+
+  Raises:
+    BadDocument: 'unsupported_<kind>' without a rule, 'empty', 'nothing_trained',
+      or what decoding says.
+    ValueError: an unknown `image_attention`.
+  """
+  if image_attention not in ('block', 'causal'):
+    raise ValueError(f"image_attention={image_attention!r}; choose 'block' or 'causal'")
+  parts = _Parts()
+  for span in document.spans:
+    kind = kind_of(span)
+    if kind == 'text':
+      ids = tokenizer.encode(span.text)
+      parts.text([*ids, tokenizer.end_id] if span.trained else ids, span.trained)
+      continue
+    if kind not in rules:
+      raise BadDocument(f'unsupported_{kind}', f'document {document.id!a}')
+    grid, values = _patches(span, rules[kind])
+    parts.item(kind, grid, values, slots(Item(kind, grid)), image_attention)
+  return parts.example(document.id)
+
+
+def _patches(span, rule) -> tuple[tuple[int, int, int], np.ndarray]:
+  if isinstance(span, Image):
+    pixels = media_lib.pixels(span, rule.max_pixels)
+    return rule.grid(*pixels.shape[:2]), rule.patches(pixels)
+  return rule.grid(*media_lib.native_size(span)), rule.patches(span)
+
+
+def _cells(grid: tuple[int, int, int]) -> np.ndarray:
+  """The cells (time, row, column) of a grid in reading order, i32[n, 3]."""
+  return np.indices(grid, np.int32).reshape(3, -1).T
+
+
+class _Parts:
+  """Collects the arrays of spans one after the other."""
+
+  def __init__(self):
+    self.rank = 0  # the next slot's order
+    self.position = 0  # the next text token's position
+    self.tokens, self.order, self.positions = [], [], []
+    self.weights, self.source = [], []
+    self.num_slots = {}  # by kind
+    self.media = {}
+
+  def text(self, ids, trained):
+    n = len(ids)
+    steps = np.arange(n, dtype=np.int32)
+    self.tokens.append(np.asarray(ids, np.int32).reshape(n))
+    self.order.append(self.rank + steps)
+    self.positions.append(np.repeat((self.position + steps)[:, None], 3, axis=1))
+    self.weights.append(np.full(n, trained, np.float32))
+    self.source.append(np.full(n, -1, np.int32))
+    self.rank += n
+    self.position += n
+
+  def item(self, kind, grid, values, slot_grid, attention):
+    cells = _cells(slot_grid)
+    n = len(cells)
+    steps = np.arange(n, dtype=np.int32)
+    seen = self.num_slots.get(kind, 0)
+    self.tokens.append(np.full(n, PLACEHOLDER[kind], np.int32))
+    self.order.append(self.rank + (steps if attention == 'causal' else 0 * steps))
+    self.positions.append(self.position + cells)
+    self.weights.append(np.zeros(n, np.float32))
+    self.source.append(seen + steps)
+    self.num_slots[kind] = seen + n
+    # A causal item counts as seen from its last slot on.
+    self.rank += max(n, 1) if attention == 'causal' else 1
+    self.position += max(slot_grid)
+    self.media.setdefault(kind, []).append((grid, values, self.rank - 1))
+
+  def example(self, name) -> Example:
+    n = sum(map(len, self.tokens))
+    if not n:
+      raise BadDocument('empty', f'document {name!a} holds nothing')
+    weights = np.concatenate(self.weights)
+    weights[0] = 0.0
+    if not weights.any():
+      raise BadDocument('nothing_trained', f'document {name!a}')
+    order = np.concatenate(self.order)
+    return Example(
+      tokens=np.concatenate(self.tokens),
+      order=order,
+      first=np.zeros_like(order),
+      last=order.copy(),
+      positions=np.concatenate(self.positions),
+      weights=weights,
+      source=np.concatenate(self.source),
+      media={kind: _media_arrays(items) for kind, items in self.media.items()},
+    )
+
+
+def _media_arrays(items) -> MediaArrays:
+  counts = [len(values) for _, values, _ in items]
+  return MediaArrays(
+    values=np.concatenate([values for _, values, _ in items]),
+    positions=np.concatenate([_cells(grid) for grid, _, _ in items]),
+    items=np.repeat(np.arange(1, len(items) + 1, dtype=np.int32), counts),
+    item_order=np.array([rank for _, _, rank in items], np.int32),
+  )

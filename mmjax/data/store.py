@@ -1,0 +1,367 @@
+"""A prepared dataset on disk: records, a sidecar of lengths, a tokenizer, counts.
+
+  data/easy_vqa/
+    meta.json                            last written: with it, it is whole
+    tokenizer.json, tokenizer_meta.json
+    train/documents-00000.array_record   one msgpack document per record
+    train/index.npz                      lengths of every document
+    test/...
+
+The sidecar says all that packing needs, so plans are made without reading
+documents. A dataset is written beside its place and renamed at the end: half of
+one is never seen.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+import threading
+from typing import Any
+
+import numpy as np
+
+from mmjax.data import document as document_lib
+from mmjax.data import media
+from mmjax.data import tokenizer as tokenizer_lib
+from mmjax.data.document import KINDS, BadDocument, Document
+
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Index:
+  """Lengths of N documents with M media items in all.
+
+  text_tokens:  i32[N] text tokens, end tokens included
+  targets:      i32[N] those that are trained (a trained first slot doesn't count)
+  item_offsets: i64[N+1] document n holds items [item_offsets[n], item_offsets[n+1])
+  item_kind:    u8[M] place in `document.KINDS`: 0 image, 1 audio, 2 video
+  item_size:    i32[M, 3] native frames, height, width (`media.native_size`)
+  """
+
+  text_tokens: np.ndarray
+  targets: np.ndarray
+  item_offsets: np.ndarray
+  item_kind: np.ndarray
+  item_size: np.ndarray
+
+  def __len__(self):
+    return len(self.text_tokens)
+
+
+def measure(document: Document, tokenizer, max_pixels: int = media.MAX_PIXELS):
+  """(text tokens, targets, [(kind, native size), ...]) of a document.
+
+  Raises:
+    BadDocument: what can't be decoded, 'empty', 'nothing_trained', 'not_unicode'.
+  """
+  text_tokens = targets = 0
+  items = []
+  for i, span in enumerate(document.spans):
+    kind = document_lib.kind_of(span)
+    if kind != 'text':
+      items.append((KINDS.index(kind), media.native_size(span, max_pixels)))
+      continue
+    try:
+      n = len(tokenizer.encode(span.text)) + bool(span.trained)
+    except UnicodeError as error:
+      raise BadDocument('not_unicode', f'span {i}: {error}') from None
+    if span.trained:
+      targets += n - (n > 0 and not text_tokens and not items)  # slot 0 isn't trained
+    text_tokens += n
+  if not text_tokens and not items:
+    raise BadDocument('empty', f'document {document.id!a} holds nothing')
+  if not targets:
+    raise BadDocument('nothing_trained', f'document {document.id!a}')
+  return text_tokens, targets, items
+
+
+class Writer:
+  """Writes a dataset; use as a context. Nothing is seen at `path` before its end.
+
+  with Writer(path, tokenizer, {'source': 'jsonl:a.jsonl'}) as writer:
+    writer.add('train', document)
+
+  Args:
+    path: the dataset's directory; must not exist or be empty.
+    tokenizer: saved with the data and used for the sidecar.
+    info: plain data that goes into meta.json.
+    shard_bytes: a new file is begun after so many bytes.
+
+  Raises:
+    ValueError: the directory is in use.
+  """
+
+  def __init__(
+    self,
+    path: str | os.PathLike,
+    tokenizer,
+    info: dict[str, Any] | None = None,
+    *,
+    max_pixels: int = media.MAX_PIXELS,
+    shard_bytes: int = 2**28,
+  ):
+    self.path = pathlib.Path(path)
+    if self.path.exists() and (self.path.is_file() or any(self.path.iterdir())):
+      raise ValueError(f'{self.path} is there already; remove it or choose another')
+    self._tokenizer = tokenizer
+    self._info = dict(info or {})
+    self._max_pixels = max_pixels
+    self._shard_bytes = shard_bytes
+    self._splits = {}
+    self.dropped = collections.Counter()
+
+  def __enter__(self):
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    self._partial = pathlib.Path(
+      tempfile.mkdtemp(prefix=f'.{self.path.name}.partial-', dir=self.path.parent)
+    )
+    self._partial.chmod(0o755)
+    return self
+
+  def add(self, split: str, document: Document):
+    """Adds a document.
+
+    Raises:
+      BadDocument: it can't be used; nothing was written.
+      ValueError: the split's name is no plain file name.
+    """
+    lengths = measure(document, self._tokenizer, self._max_pixels)
+    record = document_lib.encode(document)
+    if split not in self._splits:
+      if split in ('', '.', '..') or pathlib.PurePath(split).name != split:
+        raise ValueError(f'split {split!r} is no plain name')
+      self._splits[split] = _SplitWriter(self._partial / split, self._shard_bytes)
+    self._splits[split].add(record, document, lengths)
+
+  def drop(self, reason: str):
+    """Counts a document that was left out."""
+    self.dropped[reason] += 1
+
+  @property
+  def counts(self) -> dict[str, dict[str, int]]:
+    """By split: documents, spans, items of each kind, tokens, targets."""
+    return {name: dict(split.counts) for name, split in self._splits.items()}
+
+  def __exit__(self, kind, error, traceback):
+    try:
+      splits = {name: split.close() for name, split in self._splits.items()}
+      if kind is None:
+        self._finish(splits)
+    finally:
+      shutil.rmtree(self._partial, ignore_errors=True)
+
+  def _finish(self, splits):
+    self._tokenizer.save(self._partial)
+    meta = {
+      'version': VERSION,
+      **self._info,
+      'tokenizer_hash': self._tokenizer.hash,
+      'splits': splits,
+      'dropped': dict(sorted(self.dropped.items())),
+    }
+    with open(self._partial / 'meta.json', 'w') as file:
+      json.dump(meta, file, indent=2)
+      file.flush()
+      os.fsync(file.fileno())
+    for directory in (*(self._partial / name for name in splits), self._partial):
+      _sync(directory)
+    try:
+      os.replace(self._partial, self.path)
+    except OSError as error:
+      raise ValueError(f'{self.path} came into being meanwhile: {error}') from None
+    _sync(self.path.parent)
+
+
+class _SplitWriter:
+  def __init__(self, directory: pathlib.Path, shard_bytes: int):
+    directory.mkdir()
+    self._directory = directory
+    self._shard_bytes = shard_bytes
+    self._writer = None
+    self._shards = []  # {file, documents, bytes}
+    self._text_tokens, self._targets, self._offsets = [], [], [0]
+    self._kinds, self._sizes = [], []
+    self.counts = collections.Counter()
+
+  def add(self, record, document, lengths):
+    from array_record.python import array_record_module
+
+    text_tokens, targets, items = lengths
+    if self._writer is None:
+      name = f'documents-{len(self._shards):05d}.array_record'
+      path = str(self._directory / name)
+      # One record per chunk: random access reads no more than it needs.
+      self._writer = array_record_module.ArrayRecordWriter(path, 'group_size:1')
+      self._shards.append({'file': name, 'documents': 0, 'bytes': 0})
+    self._writer.write(record)
+    shard = self._shards[-1]
+    shard['documents'] += 1
+    shard['bytes'] += len(record)
+    self._text_tokens.append(text_tokens)
+    self._targets.append(targets)
+    self._offsets.append(self._offsets[-1] + len(items))
+    self._kinds += [kind for kind, _ in items]
+    self._sizes += [size for _, size in items]
+    self.counts['documents'] += 1
+    self.counts['spans'] += len(document.spans)
+    self.counts['text_tokens'] += text_tokens
+    self.counts['targets'] += targets
+    for kind, _ in items:
+      self.counts[KINDS[kind]] += 1
+    if shard['bytes'] >= self._shard_bytes:
+      self._close_shard()
+
+  def _close_shard(self):
+    self._writer.close()
+    self._writer = None
+    shard = self._shards[-1]
+    path = self._directory / shard['file']
+    shard['bytes'] = path.stat().st_size
+    with open(path, 'rb') as file:
+      os.fsync(file.fileno())
+
+  def close(self) -> dict[str, Any]:
+    if self._writer is not None:
+      self._close_shard()
+    with open(self._directory / 'index.npz', 'wb') as file:
+      np.savez(
+        file,
+        text_tokens=np.array(self._text_tokens, np.int32),
+        targets=np.array(self._targets, np.int32),
+        item_offsets=np.array(self._offsets, np.int64),
+        item_kind=np.array(self._kinds, np.uint8),
+        item_size=np.array(self._sizes, np.int32).reshape(-1, 3),
+      )
+      file.flush()
+      os.fsync(file.fileno())
+    return {**self.counts, 'shards': self._shards}
+
+
+def _sync(directory: pathlib.Path):
+  handle = os.open(directory, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
+
+
+def read_meta(path: str | os.PathLike) -> dict[str, Any]:
+  """The meta.json of a dataset.
+
+  Raises:
+    ValueError: no dataset there, or one of another version.
+  """
+  file = pathlib.Path(path) / 'meta.json'
+  try:
+    meta = json.loads(file.read_text())
+  except OSError as error:
+    raise ValueError(f'no dataset at {path}: {file}: {error.strerror}') from None
+  except ValueError as error:
+    raise ValueError(f'{file} is damaged: {error}') from None
+  if not isinstance(meta, dict) or meta.get('version') != VERSION:
+    found = meta.get('version') if isinstance(meta, dict) else meta
+    raise ValueError(f'{file}: version {found!r}; this code reads {VERSION}')
+  return meta
+
+
+class Dataset:
+  """A split of a prepared dataset: `len(d)`, `d[i] -> Document`, `d.index`.
+
+  Files are opened when first read, so it pickles and goes to worker processes.
+
+  Args:
+    path: the dataset's directory.
+    split: one of its splits.
+    tokenizer_hash: where given, the hash that the dataset's tokenizer must have
+      (of the run that is being resumed, say).
+
+  Raises:
+    ValueError: no dataset, no such split, a missing or cut file, a tokenizer
+      other than the one the data was prepared with.
+  """
+
+  def __init__(
+    self, path: str | os.PathLike, split: str, tokenizer_hash: str | None = None
+  ):
+    self.path = pathlib.Path(path)
+    self.split = split
+    self.meta = read_meta(path)
+    if split not in self.meta['splits']:
+      have = ', '.join(self.meta['splits'])
+      raise ValueError(f'{self.path} has no split {split!r}; there are: {have}')
+    self._files = []
+    for shard in self.meta['splits'][split]['shards']:
+      file = self.path / split / shard['file']
+      if not file.is_file():
+        raise ValueError(f'{file} is missing')
+      if file.stat().st_size != shard['bytes']:
+        raise ValueError(f'{file} has {file.stat().st_size} bytes, not {shard["bytes"]}')
+      self._files.append(f'{file}[0:{shard["documents"]}]')
+    self.index = _read_index(self.path / split / 'index.npz')
+    if len(self.index) != self.meta['splits'][split]['documents']:
+      raise ValueError(f'{self.path / split / "index.npz"} is of other documents')
+    self.tokenizer = tokenizer_lib.load(self.path)
+    for want, whose in (
+      (self.meta['tokenizer_hash'], 'its meta.json names'),
+      (tokenizer_hash, 'this run was begun with'),
+    ):
+      if want is not None and self.tokenizer.hash != want:
+        raise ValueError(
+          f'{self.path}: tokenizer {self.tokenizer.hash[:12]}, but {whose} {want[:12]}'
+        )
+    self._source = None
+    self._lock = threading.Lock()
+
+  def __len__(self) -> int:
+    return len(self.index)
+
+  def __getitem__(self, i: int) -> Document:
+    """Document i.
+
+    Raises:
+      IndexError: no such document.
+      BadDocument: its record can't be read.
+    """
+    i = int(i)
+    if not 0 <= i < len(self):
+      raise IndexError(f'document {i} of {len(self)}')
+    with self._lock:
+      if self._source is None:
+        self._source = _open(self._files)
+    where = f'{self.path / self.split}, document {i}'
+    try:
+      record = self._source[i]
+    except Exception as error:  # whatever the reader finds wrong with the file
+      raise BadDocument('unreadable_record', f'{where}: {error}') from None
+    try:
+      return document_lib.decode(record)
+    except BadDocument as error:
+      raise BadDocument(error.reason, f'{where}: {error.message}') from None
+
+  def __getstate__(self):
+    return {**self.__dict__, '_source': None, '_lock': None}
+
+  def __setstate__(self, state):
+    self.__dict__.update(state)
+    self._lock = threading.Lock()
+
+
+def _open(files):
+  from array_record.python import array_record_data_source
+
+  return array_record_data_source.ArrayRecordDataSource(files)
+
+
+def _read_index(path: pathlib.Path) -> Index:
+  try:
+    with np.load(path, allow_pickle=False) as arrays:
+      return Index(**{f.name: arrays[f.name] for f in dataclasses.fields(Index)})
+  except OSError as error:
+    raise ValueError(f'{path} is missing or damaged: {error}') from None
+  except Exception as error:  # zip and npy readers raise all sorts on garbage
+    raise ValueError(f'{path} is damaged: {error}') from None
