@@ -236,6 +236,15 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec)
 
 
+def parts(name: str) -> int:
+  """Into how many parts an axis is split here: 1 outside of `use`."""
+  rules = _rules.get()
+  if rules is None:
+    return 1
+  mesh = jax.sharding.get_abstract_mesh()
+  return math.prod(mesh.shape[a] for a in _tuple(to_spec((name,), rules)[0]))
+
+
 def batch_shardings(batch: Any, mesh: Mesh, rules: Rules) -> Any:
   """Shardings of a batch: rows over the row axes, everything else whole.
 

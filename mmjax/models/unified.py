@@ -1,0 +1,147 @@
+"""One Transformer over text and raw media: untagged early fusion.
+
+  tokens --lookup--.
+                    >-- stream --> Transformer --> hidden --> logits
+  patches --linear-'
+
+Patches enter the stream through one linear projection, no encoder, no marker of
+modality (Fuyu type); who sees whom stands in the batch's tags, so text can be
+causal while the patches of one image see each other.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax.batch import Item, PackedBatch
+from mmjax.nn.cache import Cache, empty_cache, write
+from mmjax.nn.embed import StreamEmbed
+from mmjax.nn.transformer import Config, Transformer, kernel_init, unstack
+from mmjax.ops.linear import linear
+from mmjax.sharding import constrain, param
+
+
+class Unified(nn.Module):
+  """A decoder over one stream of text tokens and media patches.
+
+  Fields:
+    vocab_size: V, any number.
+    embed_dim, num_layers, num_heads, num_kv_heads, head_dim, mlp_dim: D, L, N, K, H, F.
+    media: ((kind, channels), ...), e.g. (('image', 8 * 8 * 3),).
+    activation: of the gated MLP: silu, gelu or gelu_tanh.
+    qk_norm: normalise queries and keys of each head.
+    tie_embeddings: the head is the text table.
+    scale_embedding: multiply text embeddings by sqrt(D) (1706.03762, section 3.4).
+    modality_embedding: add a learned vector per media kind.
+    dropout: rate, on embeddings and on each branch; needs the rng 'dropout' in training.
+    remat: what a layer keeps for the backward pass, see `nn.transformer.REMAT`.
+    scan: one stacked layer, scanned, or layers one by one.
+    chunk, reach: of attention, see `ops.attention.attend`.
+    rope_base, rope_sections: see `ops.positions`.
+    dtype: of compute; param_dtype: of storage.
+  """
+
+  vocab_size: int
+  embed_dim: int = 128
+  num_layers: int = 4
+  num_heads: int = 4
+  num_kv_heads: int = 4
+  head_dim: int = 32
+  mlp_dim: int = 384
+  media: tuple[tuple[str, int], ...] = ()
+  activation: str = 'silu'
+  qk_norm: bool = False
+  tie_embeddings: bool = True
+  scale_embedding: bool = True
+  modality_embedding: bool = False
+  dropout: float = 0.0
+  remat: str = 'none'
+  scan: bool = True
+  chunk: int = 512
+  reach: int | None = None
+  rope_base: float = 10_000.0
+  rope_sections: tuple[int, int, int] | None = None
+  norm_eps: float = 1e-6
+  dtype: Any = 'float32'
+  param_dtype: Any = 'float32'
+
+  def setup(self):
+    self.embed = StreamEmbed(
+      self.vocab_size,
+      self.embed_dim,
+      tuple((kind, channels) for kind, channels in self.media),
+      self.scale_embedding,
+      self.modality_embedding,
+      self.dtype,
+      self.param_dtype,
+    )
+    names = (f.name for f in dataclasses.fields(Config))
+    self.transformer = Transformer(Config(**{n: getattr(self, n) for n in names}))
+    self.drop = nn.Dropout(self.dropout)
+    if not self.tie_embeddings:
+      shape, axes = (self.embed_dim, self.vocab_size), ('embed', 'vocab')
+      self.head = param(self, 'head', kernel_init(), shape, axes, self.param_dtype)
+
+  def __call__(self, batch: PackedBatch, *, train: bool = False) -> jax.Array:
+    """Hidden states after the final norm, f[B, T, D].
+
+    Raises:
+      ValueError: media that are not the model's.
+    """
+    s = batch.stream
+    x = self.drop(self.embed(batch), deterministic=not train)
+    hidden, _ = self.transformer(x, s.positions, s.query_tags, s.key_tags, train=train)
+    return hidden
+
+  def extend(
+    self, batch: PackedBatch, cache: Cache, slot: jax.Array | int
+  ) -> tuple[jax.Array, Cache]:
+    """Runs new slots against the cache: f[B, T, D] and the cache with them written.
+
+    Args:
+      batch: the next T slots of every row (all of an image's, or none).
+      cache: of S >= slot + T slots, from `empty_cache`.
+      slot: where the new slots are written.
+    """
+    s = batch.stream
+    tags = write(cache.tags, s.key_tags, slot)
+    hidden, layers = self.transformer(
+      self.embed(batch), s.positions, s.query_tags, tags, cache.layers, slot
+    )
+    return hidden, Cache(tags, layers)
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """f[..., D] -> f32[..., V]."""
+    if self.tie_embeddings:
+      logits = self.embed.attend(hidden)
+    else:
+      logits = linear(hidden, self.head, dtype=jnp.float32)
+    if logits.ndim == 3:
+      logits = constrain(logits, 'batch', None, 'act_vocab')
+    return logits
+
+  def slots(self, item: Item) -> tuple[int, int, int]:
+    """The grid of stream slots an item takes: one per patch."""
+    return item.grid
+
+  def empty_cache(self, rows: int, slots: int) -> Cache:
+    """A cache for `extend`; a plain function of the fields."""
+    return empty_cache(
+      rows,
+      slots,
+      self.num_layers,
+      self.num_kv_heads,
+      self.head_dim,
+      self.dtype,
+      self.scan,
+    )
+
+  def unscanned(self, params: dict) -> tuple['Unified', dict]:
+    """The same model with layers one by one, and its parameters."""
+    if not self.scan:
+      return self, params
+    params = {**params, 'transformer': unstack(params['transformer'], self.num_layers)}
+    return self.clone(scan=False), params

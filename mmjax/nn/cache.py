@@ -1,0 +1,64 @@
+"""Keys and values of slots already seen, with the tags they carry.
+
+A cache has S slots in every row; a step writes its T new slots at the same
+place in all rows, and attention finds its way by the tags, so rows of ragged
+length just have invisible slots (segment 0) in between:
+
+  slot          0 1 2 3 4 | 5 6          prompt of up to 5, then new tokens
+  row 0         a b c d e | f g
+  row 1         a b . . . | c d          . = padding of the prompt, never seen
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mmjax.batch import KeyTags
+from mmjax.sharding import constrain
+
+
+class KV(NamedTuple):
+  """One layer's keys and values, each f[B, S, K, H]; stacked layers: f[L, B, S, K, H]."""
+
+  key: Any
+  value: Any
+
+
+class Cache(NamedTuple):
+  """Tags of the S slots, i32[B, S] each, and a `KV` stacked or one per layer."""
+
+  tags: KeyTags
+  layers: KV | tuple[KV, ...]
+
+
+def empty_cache(
+  rows: int,
+  slots: int,
+  num_layers: int,
+  num_kv_heads: int,
+  head_dim: int,
+  dtype: Any,
+  stacked: bool,
+) -> Cache:
+  """A cache whose slots are all padding."""
+  shape = (rows, slots, num_kv_heads, head_dim)
+  names = ('batch', 'kv_seq', 'act_kv_heads', None)
+
+  def zeros():
+    if stacked:
+      return constrain(jnp.zeros((num_layers, *shape), dtype), None, *names)
+    return constrain(jnp.zeros(shape, dtype), *names)
+
+  layers = tuple(KV(zeros(), zeros()) for _ in range(1 if stacked else num_layers))
+  tags = KeyTags(*(jnp.zeros((rows, slots), jnp.int32) for _ in range(2)))
+  return Cache(tags, layers[0] if stacked else layers)
+
+
+def write(old: Any, new: Any, slot: jax.Array | int) -> Any:
+  """Writes new [B, T, ...] into old [B, S, ...] from `slot` on, leaf by leaf."""
+  return jax.tree.map(
+    lambda o, n: jax.lax.dynamic_update_slice_in_dim(o, n.astype(o.dtype), slot, 1),
+    old,
+    new,
+  )

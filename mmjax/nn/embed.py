@@ -1,0 +1,120 @@
+"""From tokens and media to the stream: early fusion of raw patches.
+
+A text token looks up its row of the table; a media slot takes its patch from
+the bank, through one linear projection per media kind (Fuyu-8B, Adept 2023):
+
+  tokens   the  cat  -1   -1   -1   .        -1 = image
+  source   -1   -1    0    1    2  -1
+  stream   E[the] E[cat] W p0  W p1  W p2  E[.]
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax.batch import PLACEHOLDER, Bank, PackedBatch
+from mmjax.nn.transformer import kernel_init
+from mmjax.ops.linear import linear
+from mmjax.sharding import constrain, param
+from mmjax.shape import check
+
+
+def pixels(values: jax.Array, dtype: Any) -> jax.Array:
+  """Bytes 0..255 to [-1, 1]; what is not u8 is only cast."""
+  if values.dtype == jnp.uint8:
+    values = values.astype(jnp.float32) / 127.5 - 1
+  return values.astype(dtype)
+
+
+class MediaProjection(nn.Module):
+  """Patches or frames to the model's width, [B, P, C] -> f[B, P, D]."""
+
+  channels: int
+  embed_dim: int
+  dtype: Any = 'float32'
+  param_dtype: Any = 'float32'
+
+  @nn.compact
+  def __call__(self, values: jax.Array) -> jax.Array:
+    C, D, zeros = self.channels, self.embed_dim, nn.initializers.zeros
+    kernel = param(
+      self, 'kernel', kernel_init(), (C, D), ('patch', 'embed'), self.param_dtype
+    )
+    bias = param(self, 'bias', zeros, (D,), ('embed',), self.param_dtype)
+    y = linear(pixels(values, self.dtype), kernel)
+    return y + bias.astype(self.dtype)[None, None]
+
+
+class StreamEmbed(nn.Module):
+  """A `PackedBatch` to the residual stream.
+
+  Fields: media is ((kind, channels), ...); scale multiplies text embeddings by
+  sqrt(D), so that they enter with the size of a projected patch; modality adds
+  a learned vector per kind.
+  """
+
+  vocab_size: int
+  embed_dim: int
+  media: tuple[tuple[str, int], ...] = ()
+  scale: bool = True
+  modality: bool = False
+  dtype: Any = 'float32'
+  param_dtype: Any = 'float32'
+
+  def setup(self):
+    V, D = self.vocab_size, self.embed_dim
+    normal = nn.initializers.normal(D**-0.5)
+    self.text = param(self, 'text', normal, (V, D), ('vocab', 'embed'), self.param_dtype)
+    self.projections = {
+      kind: MediaProjection(C, D, self.dtype, self.param_dtype, name=kind)
+      for kind, C in self.media
+    }
+    if self.modality:
+      shape, axes = (1 + len(self.media), D), (None, 'embed')
+      self.kinds = param(self, 'modality', normal, shape, axes, self.param_dtype)
+
+  def __call__(self, batch: PackedBatch) -> jax.Array:
+    """Returns f[B, T, D]; the batch may lack a kind that the model has.
+
+    Raises:
+      ValueError: a kind of media or its channels is not the model's.
+    """
+    stream = batch.stream
+    x = jnp.take(self.text, jnp.maximum(stream.tokens, 0), axis=0).astype(self.dtype)
+    if self.scale:
+      x = x * self.embed_dim**0.5
+    self._check(batch.bank)
+    kind_ids = jnp.zeros_like(stream.tokens)
+    # Every projection runs, also on no values, so that its parameters exist.
+    for i, (kind, channels) in enumerate(self.media):
+      here = stream.tokens == PLACEHOLDER[kind]
+      if kind in batch.bank:
+        values = batch.bank[kind].values
+      else:
+        values = jnp.zeros((len(stream.tokens), 1, channels), self.dtype)
+      patches = self.projections[kind](values)
+      source = jnp.clip(stream.source, 0, patches.shape[1] - 1)
+      slots = jnp.take_along_axis(patches, source[..., None], 1)
+      x = jnp.where(here[..., None], slots, x)
+      kind_ids = jnp.where(here, i + 1, kind_ids)
+    if self.modality:
+      x = x + jnp.take(self.kinds, kind_ids, axis=0).astype(self.dtype)
+    return constrain(x, 'batch', 'seq', 'act_embed')
+
+  def attend(self, hidden: jax.Array) -> jax.Array:
+    """Logits of a tied head, f[..., D] -> f32[..., V]."""
+    return linear(hidden, self.text.T, dtype=jnp.float32)
+
+  def _check(self, bank: Mapping[str, Bank]) -> None:
+    known = dict(self.media)
+    for kind, b in bank.items():
+      check('B P C', b.values, 'B P', b.items)
+      if kind not in known:
+        raise ValueError(f'batch has media {kind!r}, the model has {sorted(known)}')
+      if b.values.shape[-1] != known[kind]:
+        raise ValueError(
+          f'{kind} patches have {b.values.shape[-1]} channels, the model takes {known[kind]}'
+        )

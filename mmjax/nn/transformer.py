@@ -1,0 +1,264 @@
+"""A pre-norm Transformer over tagged slots (Llama's layer, 2302.13971).
+
+  x = x + Attention(norm(x))         grouped-query heads, rotary positions, tags
+  x = x + Mlp(norm(x))               SwiGLU (Shazeer, 2002.05202)
+
+The layers are one module, scanned: parameters are stacked, [L, ...], and a deep
+model compiles as fast as a shallow one. Kernels are drawn with variance
+1/fan-in, those that write to the residual stream with 1/(2 L fan-in), so that
+the stream keeps its scale over the layers.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax.batch import KeyTags, QueryTags
+from mmjax.nn.cache import KV, write
+from mmjax.ops.attention import attend
+from mmjax.ops.linear import linear
+from mmjax.ops.norms import rms_norm
+from mmjax.ops.positions import Sections, rotary_angles, rotate
+from mmjax.sharding import constrain, param
+
+ACTIVATIONS = {
+  'silu': jax.nn.silu,
+  'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+  'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+_policies = jax.checkpoint_policies
+# What a layer keeps for its backward pass; the rest is made anew.
+REMAT = {
+  'none': None,  # keeps everything
+  'full': _policies.nothing_saveable,  # keeps the layer's input
+  'dots': _policies.dots_with_no_batch_dims_saveable,  # products with kernels
+  'all_dots': _policies.dots_saveable,  # and attention's
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Fields of a Transformer; see `mmjax.models.unified.Unified` for each."""
+
+  embed_dim: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  mlp_dim: int
+  activation: str = 'silu'
+  qk_norm: bool = False
+  dropout: float = 0.0
+  remat: str = 'none'
+  scan: bool = True
+  chunk: int = 512
+  reach: int | None = None
+  rope_base: float = 10_000.0
+  rope_sections: Sections | None = None
+  norm_eps: float = 1e-6
+  dtype: Any = 'float32'
+  param_dtype: Any = 'float32'
+
+  def __post_init__(self):
+    for field, choices in (('activation', ACTIVATIONS), ('remat', REMAT)):
+      value = getattr(self, field)
+      if value not in choices:
+        raise ValueError(f'{field}={value!r} is none of {", ".join(sorted(choices))}')
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(
+        f'num_heads={self.num_heads} does not divide over num_kv_heads={self.num_kv_heads}'
+      )
+
+  @property
+  def out_scale(self) -> float:
+    """Variance scale of the kernels that write to the residual stream."""
+    return 1 / (2 * self.num_layers)
+
+
+def kernel_init(scale: float = 1.0, num_in: int = 1) -> nn.initializers.Initializer:
+  """Truncated normal with variance scale / fan-in, over the first `num_in` axes."""
+
+  def init(key, shape, dtype):
+    out = tuple(range(num_in, len(shape)))
+    make = nn.initializers.variance_scaling(
+      scale, 'fan_in', 'truncated_normal', tuple(range(num_in)), out
+    )
+    return make(key, shape, dtype)
+
+  return init
+
+
+class RMSNorm(nn.Module):
+  """Scaled root-mean-square norm over the last axis, f[..., D] -> f[..., D]."""
+
+  eps: float = 1e-6
+  param_dtype: Any = 'float32'
+  axis: str = 'embed'
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    ones = nn.initializers.ones
+    scale = param(self, 'scale', ones, x.shape[-1:], (self.axis,), self.param_dtype)
+    return rms_norm(x, scale, self.eps)
+
+
+class Attention(nn.Module):
+  """Grouped-query attention by tags, optionally with a cache.
+
+  Fields: config; qk_norm normalises each head's queries and keys (2302.05442).
+  """
+
+  config: Config
+
+  @nn.compact
+  def __call__(
+    self,
+    x: jax.Array,
+    angles: tuple[jax.Array, jax.Array],
+    query_tags: QueryTags,
+    key_tags: KeyTags,
+    kv: KV | None = None,
+    slot: jax.Array | int | None = None,
+  ) -> tuple[jax.Array, KV | None]:
+    """x f[B, T, D] -> (f[B, T, D], kv).
+
+    Without kv the keys are x's own, tagged i32[B, T]. With kv they are written
+    at `slot`, and all of kv, tagged i32[B, S], is attended to.
+    """
+    c = self.config
+    D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
+
+    def project(name, heads, axis, act_axis):
+      shape, axes = (D, heads, H), ('embed', axis, 'head_dim')
+      kernel = param(self, name, kernel_init(), shape, axes, c.param_dtype)
+      return constrain(linear(x, kernel), 'batch', 'seq', act_axis, None)
+
+    q = project('query', N, 'heads', 'act_heads')
+    k = project('key', K, 'kv_heads', 'act_kv_heads')
+    v = project('value', K, 'kv_heads', 'act_kv_heads')
+    if c.qk_norm:
+      q = RMSNorm(c.norm_eps, c.param_dtype, 'head_dim', name='query_norm')(q)
+      k = RMSNorm(c.norm_eps, c.param_dtype, 'head_dim', name='key_norm')(k)
+    q, k = rotate(q, angles), rotate(k, angles)
+    if kv is not None:
+      kv = write(kv, KV(k, v), slot)
+      k, v = kv
+    reach = c.reach if kv is None else None
+    out = attend(q, k, v, query_tags, key_tags, chunk=c.chunk, reach=reach)
+    out = constrain(out, 'batch', 'seq', 'act_heads', None)
+    axes = ('heads', 'head_dim', 'embed')
+    init = kernel_init(c.out_scale, 2)
+    kernel = param(self, 'out', init, (N, H, D), axes, c.param_dtype)
+    return linear(out, kernel, 2), kv
+
+
+class Mlp(nn.Module):
+  """Gated MLP, act(x gate) * (x up) down; f[B, T, D] -> f[B, T, D]."""
+
+  config: Config
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    c = self.config
+    D, F = c.embed_dim, c.mlp_dim
+
+    def up(name):
+      kernel = param(self, name, kernel_init(), (D, F), ('embed', 'mlp'), c.param_dtype)
+      return constrain(linear(x, kernel), 'batch', 'seq', 'act_mlp')
+
+    hidden = ACTIVATIONS[c.activation](up('gate')) * up('up')
+    init = kernel_init(c.out_scale)
+    kernel = param(self, 'down', init, (F, D), ('mlp', 'embed'), c.param_dtype)
+    return linear(hidden, kernel)
+
+
+class Block(nn.Module):
+  """One layer. (x, kv, ...) -> (x, kv), as `nn.scan` wants it."""
+
+  config: Config
+  deterministic: bool = True
+
+  @nn.compact
+  def __call__(self, x, kv, angles, query_tags, key_tags, slot):
+    c = self.config
+
+    def norm(name):
+      return RMSNorm(c.norm_eps, c.param_dtype, name=name)
+
+    def add(x, y):
+      y = nn.Dropout(c.dropout, deterministic=self.deterministic)(y)
+      return constrain(x + y, 'batch', 'seq', 'act_embed')
+
+    y = norm('attention_norm')(x)
+    y, kv = Attention(c, name='attention')(y, angles, query_tags, key_tags, kv, slot)
+    x = add(x, y)
+    x = add(x, Mlp(c, name='mlp')(norm('mlp_norm')(x)))
+    return x, kv
+
+
+class Transformer(nn.Module):
+  """A stack of blocks and a final norm."""
+
+  config: Config
+
+  @nn.compact
+  def __call__(
+    self,
+    x: jax.Array,
+    positions: jax.Array,
+    query_tags: QueryTags,
+    key_tags: KeyTags,
+    layers: KV | tuple[KV, ...] | None = None,
+    slot: jax.Array | int | None = None,
+    train: bool = False,
+  ) -> tuple[jax.Array, KV | tuple[KV, ...] | None]:
+    """Runs the layers.
+
+    Args:
+      x: f[B, T, D]
+      positions: i32[B, T, 3]
+      query_tags, key_tags: tags of x's slots; with a cache, key_tags are the cache's.
+      layers: the cache's keys and values, stacked if `scan`.
+      slot: where in the cache x's slots go.
+      train: dropout on; needs the rng 'dropout'.
+
+    Returns:
+      f[B, T, D] and the layers' cache, None if none was given.
+    """
+    c = self.config
+    angles = rotary_angles(positions, c.head_dim, c.rope_base, c.rope_sections)
+    block = Block
+    if c.remat != 'none' and layers is None:
+      block = nn.remat(block, prevent_cse=not c.scan, policy=REMAT[c.remat])
+    rest = (angles, query_tags, key_tags, slot)
+    if c.scan:
+      block = nn.scan(
+        block,
+        variable_axes={'params': 0},
+        split_rngs={'params': True, 'dropout': True},
+        in_axes=(0, *[nn.broadcast] * len(rest)),
+        length=c.num_layers,
+        metadata_params={nn.PARTITION_NAME: 'layers'},
+      )
+      x, layers = block(c, not train, name='layers')(x, layers, *rest)
+    else:
+      new = []
+      for i in range(c.num_layers):
+        kv = None if layers is None else layers[i]
+        x, kv = block(c, not train, name=f'layer_{i}')(x, kv, *rest)
+        new.append(kv)
+      layers = None if layers is None else tuple(new)
+    return RMSNorm(c.norm_eps, c.param_dtype, name='norm')(x), layers
+
+
+def unstack(params: dict, num_layers: int) -> dict:
+  """Parameters of a scanned `Transformer` as those of one with scan=False."""
+  params = dict(params)
+  stacked = params.pop('layers')
+  for i in range(num_layers):
+    params[f'layer_{i}'] = jax.tree.map(lambda x, i=i: x[i], stacked)
+  return params

@@ -1,0 +1,141 @@
+"""Next-token loss, computed only where a token is trained.
+
+Token t is predicted from the hidden state of slot t - 1 of the same document:
+
+  stream    q  q  q  A  e | q  q  A  e  .  .     A, e: trained (weights > 0)
+  targets            ^  ^         ^  ^           slots 3 4 7 8
+  hidden          ^  ^         ^  ^              slots 2 3 6 7
+
+A row has a fixed number of places for targets, so head and softmax see
+[B, num_targets] instead of [B, T] slots, and those in chunks that are made anew
+in the backward pass: [B, T, V] never exists. Sums, not means, are returned, so
+that the step can divide by the weight of the whole global batch.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from mmjax.batch import Stream
+from mmjax.shape import check
+
+
+def trained_slots(stream: Stream) -> jax.Array:
+  """bool[B, T], True where the token is a target: text of weight > 0, and not the first
+  slot of its document, which nothing precedes."""
+  segments = stream.segment_ids
+  same = jnp.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (1, 0)))
+  return (stream.weights > 0) & same & (segments > 0) & (stream.tokens >= 0)
+
+
+def select_targets(stream: Stream, num_targets: int) -> tuple[jax.Array, jax.Array]:
+  """The slots of each row's first `num_targets` targets, in stream order.
+
+  Returns:
+    slots i32[B, num_targets], and bool[B, num_targets]: False where the row has
+    fewer targets (the slot is then 1, a harmless place to read).
+  """
+  targets = trained_slots(stream)
+  B, T = targets.shape
+  rank = jnp.cumsum(targets, 1, dtype=jnp.int32) - 1
+  # Targets beyond the last place, and slots that are none, are written outside.
+  place = jnp.where(targets, rank, num_targets)
+  slots = jnp.ones((B, num_targets), jnp.int32)
+  rows = jnp.broadcast_to(jnp.arange(B)[:, None], (B, T))
+  values = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+  slots = slots.at[rows, place].set(values, mode='drop')
+  used = jnp.arange(num_targets)[None] < jnp.sum(targets, 1, keepdims=True)
+  return slots, used
+
+
+def next_token_loss(
+  hidden: jax.Array,
+  unembed: Callable[[jax.Array], jax.Array],
+  stream: Stream,
+  num_targets: int,
+  *,
+  z_loss: float = 0.0,
+  chunk: int = 256,
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+  """Sum over the trained tokens of weight * cross-entropy.
+
+  Args:
+    hidden: f[B, T, D] after the final norm.
+    unembed: from f[B, x, D] to logits f32[B, x, V].
+    stream: tokens, segments and weights of the batch.
+    num_targets: places per row, `Budget.targets`.
+    z_loss: adds z_loss * log(sum(exp(logits)))^2 (PaLM, 2204.02311, section 5).
+    chunk: at most so many targets of a row have logits at one time.
+
+  Returns:
+    (loss, weight, sums): f32 scalars; the loss is the one to differentiate, with
+    z-loss. sums holds 'ce' and 'z_loss' (the loss's two parts), 'correct' (sum
+    of weights of targets with the largest logit), 'targets' (their number) and
+    'lost' (targets beyond num_targets: must be 0, or the loss is not whole).
+
+  Raises:
+    ValueError: shapes that don't fit; num_targets or chunk < 1, or no slot to predict.
+  """
+  T = check('B T D', hidden, 'B T', stream.tokens)['T']
+  if num_targets < 1 or chunk < 1 or T < 2:
+    raise ValueError(
+      'next_token_loss: needs num_targets >= 1, chunk >= 1 and two slots;'
+      f' got {num_targets}, {chunk} and {T}'
+    )
+  num_targets = min(num_targets, T)
+  slots, used = select_targets(stream, num_targets)
+  tokens = jnp.take_along_axis(stream.tokens, slots, 1)
+  weights = jnp.where(used, jnp.take_along_axis(stream.weights, slots, 1), 0.0)
+  hidden = jnp.take_along_axis(hidden, slots[..., None] - 1, 1)
+
+  count = math.ceil(num_targets / chunk)
+  size = math.ceil(num_targets / count)
+
+  def split(x):  # [B, num_targets, ...] -> [count, B, size, ...]
+    width = [(0, 0), (0, count * size - num_targets)] + [(0, 0)] * (x.ndim - 2)
+    return jnp.moveaxis(
+      jnp.pad(x, width).reshape(len(x), count, size, *x.shape[2:]), 1, 0
+    )
+
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def part(xs):
+    hidden, tokens, weights = xs
+    return _sums(unembed(hidden), tokens, weights)
+
+  xs = (hidden, tokens, weights)
+  if count == 1:
+    ce, square, correct = part(xs)
+  else:
+    zero = jnp.zeros((), jnp.float32)
+    (ce, square, correct), _ = jax.lax.scan(
+      lambda sums, xs: (jax.tree.map(jnp.add, sums, part(xs)), None),
+      (zero, zero, zero),
+      jax.tree.map(split, xs),
+    )
+  num = jnp.sum(trained_slots(stream), 1)
+  z = z_loss * square
+  sums = {
+    'ce': ce,
+    'z_loss': z,
+    'correct': correct,
+    'targets': jnp.sum(num).astype(jnp.float32),
+    'lost': jnp.sum(jnp.maximum(num - num_targets, 0)).astype(jnp.float32),
+  }
+  return ce + z, jnp.sum(weights), sums
+
+
+def _sums(logits, tokens, weights):
+  """Sums of weight * (cross-entropy, log-normaliser squared, correctness)."""
+  logits = logits.astype(jnp.float32)
+  log_z = jax.nn.logsumexp(logits, -1)
+  # A trained slot is always text; the maximum only guards unused places.
+  right = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[..., None], -1)[..., 0]
+  correct = jnp.argmax(logits, -1) == tokens
+  return (
+    jnp.sum(weights * (log_z - right)),
+    jnp.sum(weights * log_z**2),
+    jnp.sum(jnp.where(correct, weights, 0.0)),
+  )
