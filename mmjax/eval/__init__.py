@@ -1,0 +1,80 @@
+"""Evaluators: what a model can do, on data it has not seen, beside blind baselines.
+
+  evaluators = build_evaluators(config, model=model, mesh=mesh, rules=rules)
+  for name, evaluator in evaluators.items():
+    if evaluator.every and step % evaluator.every == 0:
+      result = evaluator.run(params, step)            # at the end: full=True
+      report.write(workdir, step, {name: result})
+
+`config.eval` has a section of fields for each evaluator by name.
+"""
+
+import difflib
+import inspect
+from typing import Any
+
+from mmjax.eval.vqa import Result, Vqa
+
+EVALUATORS = {'vqa': Vqa}
+
+__all__ = ['EVALUATORS', 'Result', 'Vqa', 'build_evaluators']
+
+# What a section of config.eval may say, with `split` of the prepared data.
+_OURS = (
+  'dataset',
+  'model',
+  'mesh',
+  'rules',
+  'media_rules',
+  'image_attention',
+  'generate',
+)
+
+
+def build_evaluators(
+  config: Any, *, model: Any, mesh: Any, rules: Any, dataset: Any = None
+) -> dict[str, Any]:
+  """The evaluators that `config.eval` names, each with `.every` and `.run`.
+
+  Args:
+    config: the resolved configuration; `data` (path, image, image_attention) and
+      `eval` are read.
+    model: the module.
+    mesh, rules: as in training.
+    dataset: instead of the prepared data at `config.data.path` (for tests).
+
+  Raises:
+    ValueError: an unknown evaluator or field, with the choices.
+  """
+  from mmjax.data.media import ImageRule
+  from mmjax.data.store import Dataset
+
+  built = {}
+  for name in config.eval:
+    if name not in EVALUATORS:
+      raise ValueError(f'unknown evaluator {name!r}{_closest(name, EVALUATORS)}')
+    fields = dict(config.eval[name])
+    fields = {k: v.to_dict() if hasattr(v, 'to_dict') else v for k, v in fields.items()}
+    split = fields.pop('split', 'test')
+    cls = EVALUATORS[name]
+    allowed = [f for f in inspect.signature(cls).parameters if f not in _OURS]
+    for field in fields:
+      if field not in allowed:
+        near = _closest(field, [*allowed, 'split'])
+        raise ValueError(f'eval.{name} has no field {field!r}{near}')
+    built[name] = cls(
+      dataset=Dataset(config.data.path, split) if dataset is None else dataset,
+      model=model,
+      mesh=mesh,
+      rules=rules,
+      media_rules={'image': ImageRule(**config.data.image)},
+      image_attention=config.data.image_attention,
+      **fields,
+    )
+  return built
+
+
+def _closest(word, choices) -> str:
+  near = difflib.get_close_matches(word, list(choices), n=1)
+  hint = f'; did you mean {near[0]!r}?' if near else ''
+  return f'{hint} (choices: {", ".join(sorted(choices))})'
