@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from mmjax.batch import PLACEHOLDER, Bank, PackedBatch
 from mmjax.nn.transformer import kernel_init
 from mmjax.ops.linear import linear
-from mmjax.sharding import constrain, param
 from mmjax.shape import check
+from mmjax.sharding import constrain, param
 
 
 def pixels(values: jax.Array, dtype: Any) -> jax.Array:
@@ -116,5 +116,6 @@ class StreamEmbed(nn.Module):
         raise ValueError(f'batch has media {kind!r}, the model has {sorted(known)}')
       if b.values.shape[-1] != known[kind]:
         raise ValueError(
-          f'{kind} patches have {b.values.shape[-1]} channels, the model takes {known[kind]}'
+          f'{kind} patches have {b.values.shape[-1]} channels,'
+          f' the model takes {known[kind]}'
         )

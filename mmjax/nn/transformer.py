@@ -14,7 +14,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from mmjax.batch import KeyTags, QueryTags
 from mmjax.nn.cache import KV, write
@@ -70,7 +69,8 @@ class Config:
         raise ValueError(f'{field}={value!r} is none of {", ".join(sorted(choices))}')
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
-        f'num_heads={self.num_heads} does not divide over num_kv_heads={self.num_kv_heads}'
+        f'num_heads={self.num_heads} does not divide over'
+        f' num_kv_heads={self.num_kv_heads}'
       )
 
   @property

@@ -53,7 +53,8 @@ def rotary_angles(
     axis = np.repeat(np.arange(3), sections)
   else:
     raise ValueError(
-      f'rotary: sections {tuple(sections)} must be three that add up to head_dim / 2 = {half}'
+      f'rotary: sections {tuple(sections)} must be three that add up to'
+      f' head_dim / 2 = {half}'
     )
   frequency = (base ** (-np.arange(half) / half)).astype(np.float32)
   angle = positions[..., axis].astype(jnp.float32) * frequency[None, None]
