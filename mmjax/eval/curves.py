@@ -1,4 +1,4 @@
-"""Learning curves as one picture, from the lines of metrics.jsonl.
+r"""Learning curves as one picture, from the lines of metrics.jsonl.
 
   loss                       accuracy
   | \                        |      ____  own images
@@ -96,13 +96,9 @@ def draw(records: Iterable[Mapping[str, Any]], title: str = '') -> bytes:
     ):
       steps, values = series(records, f'eval/{task}/accuracy{suffix}')
       if len(steps):
+        label = f'{task} {label} {100 * values[-1]:.1f} %'
         style = dict(color=color, linewidth=2, marker='o', markersize=4.5)
-        right.plot(steps, values, label=f'{task} {label}', **style)
-        end = f'{100 * values[-1]:.1f} %'
-        right.annotate(
-          end, (steps[-1], values[-1]), (6, 0), textcoords='offset points',
-          va='center', color=color, fontsize=9, fontweight='bold', annotation_clip=False,
-        )  # fmt: skip
+        right.plot(steps, values, label=label, **style)
   right.set_ylim(0, 1.02)
   right.yaxis.set_major_formatter(lambda v, _: f'{100 * v:.0f} %')
   for axes in (left, right):
