@@ -24,7 +24,6 @@ from ml_collections import ConfigDict, config_dict, config_flags
 from mmjax.sharding import RULES
 
 OPTIONAL = config_dict.placeholder
-SECTIONS = ('seed', 'data', 'model', 'optim', 'sharding', 'train', 'eval')
 # Sections whose keys are the fields of something else, which checks them itself.
 _OPEN = ('model', 'optim.options', 'data.image', 'data.budget.image', 'sharding.mesh',
          'sharding.rules', 'eval')  # fmt: skip
@@ -84,8 +83,8 @@ def defaults() -> ConfigDict:
   )
 
 
-def load(spec: str) -> ConfigDict:
-  """Loads 'file.py' or 'file.py:variant' and fills in the defaults.
+def load(spec: str, model: str | None = None) -> ConfigDict:
+  """Loads 'file.py' or 'file.py:variant' and fills in the defaults (see `resolve`).
 
   Raises:
     ValueError: no such file (the closest is told), or keys that don't exist.
@@ -98,17 +97,28 @@ def load(spec: str) -> ConfigDict:
   module_spec = importlib.util.spec_from_file_location(f'config_{file.stem}', file)
   module = importlib.util.module_from_spec(module_spec)
   module_spec.loader.exec_module(module)
-  return resolve(module.get_config(*([variant] if variant else [])))
+  return resolve(module.get_config(*([variant] if variant else [])), model)
 
 
-def resolve(given: ConfigDict) -> ConfigDict:
-  """The given keys over the defaults, in the order of `SECTIONS`.
+def resolve(given: ConfigDict, model: str | None = None) -> ConfigDict:
+  """The given keys over the defaults, in the order of `defaults`.
+
+  Args:
+    given: what a config file says.
+    model: the model whose fields are filled in, if another than the given one.
 
   Raises:
     ValueError: an unknown key or a value of the wrong type.
   """
   config = defaults()
   _merge(config, given, '')
+  cls = _models().get(model or config.model.name)
+  # vocab_size and media are what the data says; parent and name are Flax'.
+  theirs = ('vocab_size', 'media', 'parent', 'name')
+  for field in dataclasses.fields(cls) if cls else ():
+    if field.name not in config.model and field.name not in theirs:
+      empty = field.default is None
+      config.model[field.name] = OPTIONAL(object) if empty else field.default
   return config
 
 
@@ -181,11 +191,14 @@ def parse(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
   if not specs:
     raise ValueError('no config; for example --config=configs/quickstart.py')
   rest = [a for a in argv if not re.match('--?config=', a)]
-  config = load(specs[-1])
+  models = [a.partition('=')[2] for a in argv if re.match('--?config.model.name=', a)]
+  config = load(specs[-1], models[-1] if models else None)
   for arg in rest:
     if hit := re.match(r'--?(no)?config\.([^=]+)', arg):
       _known(hit.group(2), config)
-  config_flags.DEFINE_config_dict('config', config, flag_values=flag_values, sys_argv=rest)
+  config_flags.DEFINE_config_dict(
+    'config', config, flag_values=flag_values, sys_argv=rest
+  )
   try:
     out = flag_values(rest)
   except flags.IllegalFlagValueError as e:
@@ -341,3 +354,10 @@ def fields_of(config: ConfigDict, cls: type, where: str) -> Any:
     if key not in names:
       raise ValueError(f'config.{where} has no {key!r}{closest(key, names)}')
   return cls(**config.to_dict())
+
+
+def spec_name(argv: list[str]) -> str:
+  """'quickstart_tiny' for --config=configs/quickstart.py:tiny."""
+  spec = [a.partition('=')[2] for a in _join(argv) if re.match('--?config=', a)][-1]
+  path, _, variant = spec.partition(':')
+  return pathlib.Path(path).stem + (f'_{variant}' if variant else '')

@@ -1,0 +1,72 @@
+"""Visual questions answered from raw pixels, trained from random weights in minutes.
+
+Data: easy-VQA (PyPI `easy-vqa`, Victor Zhou 2019): 4,000 + 1,000 pictures of 64 x 64
+with one coloured shape, 38,575 + 9,673 questions, 13 answers. A document is one
+picture and all its questions; only the answers are trained. Always answering 'no'
+scores 0.373, the best guess without the picture 0.670, a public CNN + LSTM 0.876.
+
+Model: one decoder of 0.9 M parameters; 8 x 8 patches enter its stream through a
+linear projection and see each other, text is causal.
+
+Expect: at most 10 minutes on 2 CPU cores, test accuracy >= 0.95 over all questions.
+
+COMMAND: python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+In under a minute (all of it works, nothing is learnt):
+  python train.py --config=configs/quickstart.py:tiny --workdir=runs/tiny
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = '') -> ConfigDict:
+  if variant not in ('', 'tiny'):
+    raise ValueError(f"quickstart has no variant {variant!r}; there is ':tiny'")
+  config = ConfigDict(
+    dict(
+      data=dict(
+        source='easy_vqa',
+        path='data/easy_vqa',
+        tokenizer='bpe:512',
+        rows=8,
+        image=dict(patch=8, resize='fixed', size=64),
+        budget=dict(stream=1024, targets=256, image=dict(patches=640, items=10)),
+      ),
+      model=dict(
+        name='unified',
+        embed_dim=128,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=32,
+        mlp_dim=384,
+      ),
+      optim=dict(
+        name='adamw',
+        learning_rate=2e-3,
+        schedule=dict(name='cosine', warmup_steps=50),
+        weight_decay=0.05,
+        clip_norm=1.0,
+      ),
+      sharding=dict(preset='dp'),
+      train=dict(steps=500, log_every=10, checkpoint_every=100, keep=2),
+      eval=dict(
+        vqa=dict(
+          split='test',
+          every=100,
+          limit=500,
+          rows=128,
+          max_new=8,
+          published={'majority answer': 0.373, 'question only': 0.670, 'CNN+LSTM': 0.876},
+        )
+      ),
+    )
+  )
+  if variant == 'tiny':
+    config.data.rows = 2
+    config.model.update(
+      embed_dim=64, num_layers=2, num_heads=2, num_kv_heads=2, mlp_dim=128
+    )
+    config.train.update(steps=20, log_every=5, checkpoint_every=10)
+    config.optim.schedule.warmup_steps = 5
+    config.eval.vqa.update(every=10, limit=64)
+  return config

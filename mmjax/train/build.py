@@ -1,0 +1,119 @@
+"""From a config to the parts of a run: budget, model, mesh, optimizer, state.
+
+Nothing is computed here, so the same parts serve training, evaluation from a
+checkpoint, planning for hardware that isn't there, and tests of big configs.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from mmjax import models, sharding
+from mmjax.batch import BankBudget, Budget
+from mmjax.data.media import ImageRule
+from mmjax.train import optim, state, step, tasks
+from mmjax.train.config import fields_of
+
+_RULES = {'image': ImageRule}  # by media kind, what config.data.<kind> describes
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+  """What a run is made of; see `build`.
+
+  budget:      shape of a row.
+  media_rules: by kind, how an item becomes patches.
+  model:       the module.
+  mesh, rules: where things are.
+  loss_fn:     the task.
+  optimizer:   `optim.Optimizer`.
+  abstract:    `TrainState` of shapes with shardings.
+  init:        jitted, rng -> TrainState.
+  """
+
+  budget: Budget
+  media_rules: dict[str, Any]
+  model: Any
+  mesh: jax.sharding.Mesh
+  rules: sharding.Rules
+  loss_fn: step.LossFn
+  optimizer: optim.Optimizer
+  abstract: state.TrainState
+  init: Any
+
+  def batch_shapes(self, rows: int) -> Any:
+    """A global batch of shapes with shardings.
+
+    Raises:
+      ValueError: the rows don't divide over the mesh.
+    """
+    empty = self.budget.empty(rows)
+    places = sharding.batch_shardings(empty, self.mesh, self.rules)
+    return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), empty, places
+    )
+
+
+def build(config: ConfigDict, vocab_size: int, devices=None) -> Parts:
+  """Builds the parts of a run.
+
+  Args:
+    config: resolved.
+    vocab_size: the tokenizer's.
+    devices: default `jax.devices()`.
+
+  Raises:
+    ValueError: whatever in the config doesn't fit, in one line.
+  """
+  media_rules = rules_of(config)
+  budget = budget_of(config, media_rules)
+  mesh = sharding.make_mesh(config.sharding.mesh.to_dict(), devices)
+  rules = sharding.rules_for(config.sharding.preset, config.sharding.rules.to_dict())
+  model = model_of(config, vocab_size, budget)
+  if config.train.task not in tasks.TASKS:
+    raise ValueError(f'unknown task {config.train.task!r}: {", ".join(tasks.TASKS)}')
+  loss_fn = tasks.TASKS[config.train.task](
+    model, num_targets=budget.targets, z_loss=config.train.z_loss
+  )
+  # As many rows as the mesh needs: parameters don't depend on them.
+  empty = budget.empty(math.prod(mesh.shape.values()))
+
+  def init_params(rng):
+    return model.init({'params': rng}, empty)['params']
+
+  def optimizer(params, names):
+    plain = config.optim.to_dict()
+    return optim.build(params, names, steps=config.train.steps, **plain)
+
+  with sharding.use(mesh, rules):
+    made, abstract, init = state.plan(init_params, optimizer, mesh, rules)
+  return Parts(budget, media_rules, model, mesh, rules, loss_fn, made, abstract, init)
+
+
+def rules_of(config: ConfigDict) -> dict[str, Any]:
+  """By media kind of the budget, the rule that `config.data.<kind>` describes."""
+  kinds = [k for k, v in config.data.budget.items() if isinstance(v, ConfigDict) and v]
+  for kind in kinds:
+    if kind not in _RULES:
+      raise ValueError(f'config.data.budget.{kind}: no rule for media {kind!r}')
+  return {k: fields_of(config.data[k], _RULES[k], f'data.{k}') for k in kinds}
+
+
+def budget_of(config: ConfigDict, media_rules: dict[str, Any]) -> Budget:
+  """The `Budget` of config.data.budget."""
+  plain = config.data.budget
+  bank = {}
+  for kind, rule in media_rules.items():
+    section = ConfigDict({**plain[kind].to_dict(), 'channels': rule.channels})
+    bank[kind] = fields_of(section, BankBudget, f'data.budget.{kind}')
+  return Budget(plain.stream, plain.targets, bank)
+
+
+def model_of(config: ConfigDict, vocab_size: int, budget: Budget) -> Any:
+  """The model, with what the data says about it filled in."""
+  media = tuple((kind, b.channels) for kind, b in sorted(budget.bank.items()))
+  fields = {**config.model.to_dict(), 'vocab_size': vocab_size, 'media': media}
+  return models.build(fields.pop('name'), **fields)

@@ -1,0 +1,160 @@
+"""What a run says, all of it from process 0.
+
+  metrics.jsonl   one line per log: {"step": 20, "train/loss": ...}
+  tensorboard/    the same numbers
+  train.log       what happened, in words
+  stderr          a progress bar on a terminal, otherwise a line per log
+
+A resumed run goes on in the same files: lines after the restored step, and a last
+line that was cut in half, are taken out first, so no step stands there twice.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import pathlib
+import sys
+import time
+
+import tqdm
+
+_log = logging.getLogger('mmjax')
+
+
+class RunLog:
+  """Writes the metrics of one run.
+
+  Args:
+    workdir: where the files go.
+    start: the step that was restored; 0 = a fresh run.
+    steps: steps of the whole run, for the bar.
+    active: whether this process writes.
+  """
+
+  def __init__(self, workdir, start: int, steps: int, active: bool = True):
+    self._active = active
+    self._began, self._start, self._steps = time.monotonic(), start, steps
+    self._evaluated: set[int] = set()
+    if not active:
+      return
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    self.path = workdir / 'metrics.jsonl'
+    for line in truncate(self.path, start):
+      if any(key.startswith('eval/') for key in line):
+        self._evaluated.add(line['step'])
+    self._file = open(self.path, 'a')
+    import tensorboardX
+
+    purge = start + 1 if start else None
+    self._board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge)
+    self._terminal = sys.stderr.isatty()
+    self._bar = tqdm.tqdm(
+      total=steps, initial=start, unit='step', disable=not self._terminal,
+      file=sys.stderr, dynamic_ncols=True, smoothing=0.1,
+    )  # fmt: skip
+
+  def advance(self) -> None:
+    """One more step is on its way."""
+    if self._active:
+      self._bar.update()
+
+  def evaluated(self, step: int) -> bool:
+    """Whether the log already has an evaluation at this step."""
+    return step in self._evaluated
+
+  def write(self, step: int, metrics: dict[str, float]) -> None:
+    """Writes a line of metrics, e.g. {'train/loss': 2.1}."""
+    if not self._active:
+      return
+    line = {'step': step, **{k: float(v) for k, v in metrics.items()}}
+    # JSON has no NaN: a number that isn't finite is written as null.
+    plain = {k: v if math.isfinite(v) else None for k, v in line.items()}
+    self._file.write(json.dumps(plain) + '\n')
+    self._file.flush()
+    for name, value in metrics.items():
+      self._board.add_scalar(name, value, step)
+    text = self._text(step, line)
+    if self._terminal and 'train/loss' in metrics:
+      self._bar.set_postfix_str(text, refresh=False)
+      _log.debug('%s', text)
+    else:
+      _log.info('%s', text)
+
+  def _text(self, step, line):
+    if 'train/loss' not in line:
+      shown = [f'{k[len("eval/") :]} {v:.4g}' for k, v in line.items() if k != 'step']
+      return f'step {step}  evaluation: ' + '  '.join(shown)
+    left = (time.monotonic() - self._began) / max(step - self._start, 1)
+    left = int(left * (self._steps - step))
+    parts = [f'step {step}/{self._steps}', f'loss {line["train/loss"]:.4f}']
+    if 'train/accuracy' in line:
+      parts.append(f'accuracy {line["train/accuracy"]:.3f}')
+    if 'train/tokens_per_second' in line:
+      parts.append(f'{line["train/tokens_per_second"]:,.0f} trained tokens/s')
+    if 'data/fill' in line:
+      parts.append(f'fill {line["data/fill"]:.3f}')
+    if line.get('train/skipped'):
+      parts.append(f'skipped {line["train/skipped"]:.0f}')
+    parts.append(f'ETA {left // 60}:{left % 60:02d}')
+    return '  '.join(parts[1:] if self._terminal else parts)
+
+  def close(self) -> None:
+    if self._active:
+      self._bar.close()
+      self._file.close()
+      self._board.close()
+
+
+def read(path) -> list[dict]:
+  """The lines of a metrics.jsonl; a half-written last one is left out."""
+  lines = []
+  for text in pathlib.Path(path).read_text().splitlines():
+    try:
+      lines.append(json.loads(text))
+    except json.JSONDecodeError:
+      continue
+  return lines
+
+
+def truncate(path: pathlib.Path, step: int) -> list[dict]:
+  """Takes out lines after `step`; returns the ones that stay."""
+  if not path.exists():
+    return []
+  kept = [line for line in read(path) if line['step'] <= step]
+  fresh = path.with_suffix('.tmp')
+  fresh.write_text(''.join(json.dumps(line) + '\n' for line in kept))
+  os.replace(fresh, path)
+  return kept
+
+
+class _Console(logging.Handler):
+  """Lines to stderr that don't tear a progress bar."""
+
+  def emit(self, record):
+    tqdm.tqdm.write(self.format(record), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def logging_to(workdir, active: bool = True):
+  """Inside, mmjax' logger writes to <workdir>/train.log and to stderr."""
+  handlers = [logging.NullHandler()]
+  if active:
+    pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(pathlib.Path(workdir) / 'train.log')
+    file.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
+    handlers = [file, _Console(logging.INFO)]
+  before = _log.level, _log.propagate
+  _log.setLevel(logging.DEBUG)
+  _log.propagate = False
+  for handler in handlers:
+    _log.addHandler(handler)
+  try:
+    yield
+  finally:
+    for handler in handlers:
+      _log.removeHandler(handler)
+      handler.close()
+    _log.level, _log.propagate = before

@@ -1,0 +1,44 @@
+"""Trains what a config describes: flags -> config -> mmjax.
+
+  python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+  python train.py --config=configs/quickstart.py:tiny --config.train.steps=20
+
+The same command again goes on from the last checkpoint. Ctrl-C or SIGTERM saves
+and ends with exit code 0; 1 = the run could not go on; 2 = something in the
+command, the config, the data or the workdir doesn't fit.
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags
+
+from mmjax.train import config as config_lib
+
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Where the run goes; default: runs/<name of the config>.'
+)
+_TRACEBACK = flags.DEFINE_boolean('traceback', False, 'Show where an error came from.')
+
+
+def main(argv):
+  from mmjax.train import loop
+
+  if len(argv) > 1:
+    sys.exit(config_lib.refuse(ValueError(f'unknown argument {argv[1]!r}')))
+  workdir = _WORKDIR.value or pathlib.Path('runs') / config_lib.spec_name(sys.argv)
+  try:
+    loop.train(flags.FLAGS.config, workdir)
+  except loop.RunStopped as error:
+    if _TRACEBACK.value:
+      raise
+    config_lib.refuse(error)
+    sys.exit(1)
+  except ValueError as error:
+    if _TRACEBACK.value or not config_lib.is_ours(error):
+      raise
+    sys.exit(config_lib.refuse(error))
+
+
+if __name__ == '__main__':
+  app.run(main, flags_parser=config_lib.parse_flags)
