@@ -46,8 +46,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     image = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
   except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
     raise BadDocument('too_many_pixels', str(error)) from None
-  except Exception as error:  # Pillow's readers raise all sorts on garbage
-    raise BadDocument('not_image', f'{len(data)} bytes ({error})') from None
+  except Exception:  # Pillow's readers raise all sorts on garbage
+    raise BadDocument('not_image', f'{len(data)} bytes, no image file') from None
   width, height = image.size
   if not width or not height:
     raise BadDocument('zero_size', f'an image of {height} x {width}')

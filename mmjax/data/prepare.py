@@ -5,15 +5,17 @@ python -m mmjax.data.prepare jsonl:pages.jsonl --out data/pages
 """
 
 import argparse
+import dataclasses
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import tqdm
 
 from mmjax.data import media, sources, store
 from mmjax.data import tokenizer as tokenizer_lib
-from mmjax.data.document import BadDocument, Document, Text
+from mmjax.data.document import BadDocument, Text
 
 
 def prepare(
@@ -59,41 +61,52 @@ def prepare(
   if os.path.exists(os.path.join(out, 'meta.json')):
     return _reuse(out, made_from, fingerprint)
 
-  def records():
-    for split, document in made.records():
-      if splits is None or split in splits:
-        yield split, document
-
-  def texts():
-    first = None
-    for split, document in records():
-      if isinstance(document, Document) and split == (first := first or split):
-        yield from (span.text for span in document.spans if isinstance(span, Text))
-
+  made_tokenizer = tokenizer_lib.from_spec(tokenizer, lambda: _texts(made, splits), end)
   info = {**made_from, 'fingerprint': fingerprint}
-  made_tokenizer = tokenizer_lib.from_spec(tokenizer, texts, end)
-  bar = tqdm.tqdm(
-    records(),
-    f'preparing {source}',
-    made.total(),
-    unit=' documents',
-    disable=not progress,
-  )
-  with store.Writer(out, made_tokenizer, info, max_pixels=max_pixels) as writer:
-    for split, document in bar:
-      try:
-        if isinstance(document, BadDocument):
-          raise document
-        writer.add(split, document)
-      except BadDocument as error:
-        writer.drop(error.reason)
-    for split in splits or (None,):
-      if not writer.counts if split is None else split not in writer.counts:
-        raise ValueError(
-          f'{source}: nothing usable{f" in split {split}" if split else ""}; '
-          f'dropped: {dict(writer.dropped) or "nothing"}'
-        )
+  try:
+    with store.Writer(out, made_tokenizer, info, max_pixels=max_pixels) as writer:
+      records = tqdm.tqdm(
+        made.records(splits),
+        desc=f'preparing {source}',
+        total=made.total(splits),
+        unit=' docs',
+        disable=not progress,
+      )
+      for split, document in records:
+        try:
+          if isinstance(document, BadDocument):
+            writer.drop(document)
+          else:
+            writer.add(split, document)
+        except BadDocument as error:
+          writer.drop(error, document.id)
+      _check_any(source, writer, splits)
+  except store.InUse:
+    if not os.path.exists(os.path.join(out, 'meta.json')):
+      raise
+    return _reuse(out, made_from, fingerprint)  # another process was faster
   return store.read_meta(out)
+
+
+def _texts(source, splits) -> Iterator[str]:
+  """The texts of the first split, to train a tokenizer on; the others stay unseen."""
+  first = splits[0] if splits else None
+  for split, document in source.records(splits):
+    if isinstance(document, BadDocument):
+      continue
+    first = first or split
+    if split == first:
+      yield from (span.text for span in document.spans if isinstance(span, Text))
+
+
+def _check_any(source, writer, splits):
+  missing = [split for split in splits or () if split not in writer.counts]
+  if missing or not writer.counts:
+    where = f' in split {missing[0]!r}' if missing else ''
+    raise ValueError(
+      f'{source}: nothing usable{where}; splits: {", ".join(writer.counts) or "none"}; '
+      f'dropped: {_drops(writer.dropped)}'
+    )
 
 
 def _reuse(out, made_from, fingerprint) -> dict[str, Any]:
@@ -114,8 +127,19 @@ def report(meta: dict[str, Any]) -> str:
   for name, split in meta['splits'].items():
     counts = [f'{n:,} {what}' for what, n in split.items() if what != 'shards']
     lines.append(f'{name}: ' + ', '.join(counts).replace('_', ' '))
-  dropped = ', '.join(f'{n:,} {reason}' for reason, n in meta['dropped'].items())
-  return '\n'.join([*lines, f'dropped: {dropped or "none"}'])
+  lines.append(f'dropped: {_drops(meta["dropped"])}')
+  for reason, message in sorted(meta['dropped_first'].items()):
+    lines.append(f'  first {reason}: {message}')
+  return '\n'.join(lines)
+
+
+def _drops(dropped: dict[str, int]) -> str:
+  return ', '.join(f'{n:,} {reason}' for reason, n in dropped.items()) or 'none'
+
+
+def _tfds_options() -> dict[str, Any]:
+  fields = dataclasses.fields(sources.SOURCES['tfds'])
+  return {field.name: field.default for field in fields[1:]}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,13 +149,16 @@ def main(argv: list[str] | None = None) -> int:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('source', help=sources.__doc__.split('\n')[0])
+  parser.add_argument('source', help='easy_vqa, jsonl:FILE or tfds:NAME')
   parser.add_argument('--out', required=True, help='directory of the dataset')
   parser.add_argument('--tokenizer', default='bytes', help='bytes, bpe:N or a path')
   parser.add_argument('--end', help="name of the tokenizer's end token")
   parser.add_argument('--splits', help='comma-separated; default: all')
   parser.add_argument('--max-pixels', type=int, default=media.MAX_PIXELS)
+  for name, default in _tfds_options().items():
+    parser.add_argument(f'--tfds-{name.replace("_", "-")}', help=f'default: {default}')
   args = parser.parse_args(argv)
+  options = {name: getattr(args, f'tfds_{name}') for name in _tfds_options()}
   try:
     meta = prepare(
       args.source,
@@ -140,6 +167,7 @@ def main(argv: list[str] | None = None) -> int:
       end=args.end,
       splits=tuple(args.splits.split(',')) if args.splits else None,
       max_pixels=args.max_pixels,
+      **{name: value for name, value in options.items() if value is not None},
     )
   except ValueError as error:
     print(f'prepare: {error}', file=sys.stderr)

@@ -9,16 +9,17 @@
 
 The sidecar says all that packing needs, so plans are made without reading
 documents. A dataset is written beside its place and renamed at the end: half of
-one is never seen.
+one is never seen, and what a killed writer left behind the next one clears.
 """
 
 import collections
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
 import shutil
-import tempfile
 import threading
 from typing import Any
 
@@ -80,6 +81,10 @@ def measure(document: Document, tokenizer, max_pixels: int = media.MAX_PIXELS):
   return text_tokens, targets, items
 
 
+class InUse(ValueError):
+  """There is something already where a dataset should be written."""
+
+
 class Writer:
   """Writes a dataset; use as a context. Nothing is seen at `path` before its end.
 
@@ -90,10 +95,12 @@ class Writer:
     path: the dataset's directory; must not exist or be empty.
     tokenizer: saved with the data and used for the sidecar.
     info: plain data that goes into meta.json.
+    max_pixels: images above it are refused.
     shard_bytes: a new file is begun after so many bytes.
 
   Raises:
-    ValueError: the directory is in use.
+    InUse: the directory isn't empty. If another process is just writing it,
+      entering waits for that one first.
   """
 
   def __init__(
@@ -106,22 +113,33 @@ class Writer:
     shard_bytes: int = 2**28,
   ):
     self.path = pathlib.Path(path)
-    if self.path.exists() and (self.path.is_file() or any(self.path.iterdir())):
-      raise ValueError(f'{self.path} is there already; remove it or choose another')
+    self._check_free()
     self._tokenizer = tokenizer
     self._info = dict(info or {})
     self._max_pixels = max_pixels
     self._shard_bytes = shard_bytes
     self._splits = {}
-    self.dropped = collections.Counter()
+    self._dropped = {}  # reason: [count, first message]
+
+  def _check_free(self):
+    if self.path.exists() and (self.path.is_file() or any(self.path.iterdir())):
+      raise InUse(f'{self.path} is there already; remove it or choose another')
 
   def __enter__(self):
-    self.path.parent.mkdir(parents=True, exist_ok=True)
-    self._partial = pathlib.Path(
-      tempfile.mkdtemp(prefix=f'.{self.path.name}.partial-', dir=self.path.parent)
-    )
-    self._partial.chmod(0o755)
+    self._partial = self.path.absolute().with_name(f'.{self.path.name}.partial')
+    self._lock = _lock(self._partial)
+    try:
+      self._check_free()
+      for left in self._partial.iterdir():  # by a writer that was killed
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    except BaseException:
+      self._leave()
+      raise
     return self
+
+  def _leave(self):
+    shutil.rmtree(self._partial, ignore_errors=True)
+    os.close(self._lock)
 
   def add(self, split: str, document: Document):
     """Adds a document.
@@ -138,9 +156,15 @@ class Writer:
       self._splits[split] = _SplitWriter(self._partial / split, self._shard_bytes)
     self._splits[split].add(record, document, lengths)
 
-  def drop(self, reason: str):
-    """Counts a document that was left out."""
-    self.dropped[reason] += 1
+  def drop(self, error: BadDocument, name: str = ''):
+    """Counts a document that was left out; keeps the first message per reason."""
+    message = f'{name}: {error.message}' if name else error.message
+    self._dropped.setdefault(error.reason, [0, message])[0] += 1
+
+  @property
+  def dropped(self) -> dict[str, int]:
+    """How many documents were left out, by reason."""
+    return {reason: n for reason, (n, _) in sorted(self._dropped.items())}
 
   @property
   def counts(self) -> dict[str, dict[str, int]]:
@@ -153,7 +177,7 @@ class Writer:
       if kind is None:
         self._finish(splits)
     finally:
-      shutil.rmtree(self._partial, ignore_errors=True)
+      self._leave()
 
   def _finish(self, splits):
     self._tokenizer.save(self._partial)
@@ -162,7 +186,8 @@ class Writer:
       **self._info,
       'tokenizer_hash': self._tokenizer.hash,
       'splits': splits,
-      'dropped': dict(sorted(self.dropped.items())),
+      'dropped': self.dropped,
+      'dropped_first': {reason: first for reason, (_, first) in self._dropped.items()},
     }
     with open(self._partial / 'meta.json', 'w') as file:
       json.dump(meta, file, indent=2)
@@ -170,10 +195,8 @@ class Writer:
       os.fsync(file.fileno())
     for directory in (*(self._partial / name for name in splits), self._partial):
       _sync(directory)
-    try:
-      os.replace(self._partial, self.path)
-    except OSError as error:
-      raise ValueError(f'{self.path} came into being meanwhile: {error}') from None
+    self._check_free()
+    os.replace(self._partial, self.path)
     _sync(self.path.parent)
 
 
@@ -240,6 +263,22 @@ class _SplitWriter:
       file.flush()
       os.fsync(file.fileno())
     return {**self.counts, 'shards': self._shards}
+
+
+def _lock(directory: pathlib.Path) -> int:
+  """Makes a directory and waits until no other process holds it; a file handle."""
+  while True:
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+      handle = os.open(directory, os.O_RDONLY)
+    except FileNotFoundError:
+      continue  # its writer has just finished
+    with contextlib.suppress(OSError):  # a file system without locks
+      fcntl.flock(handle, fcntl.LOCK_EX)
+    with contextlib.suppress(FileNotFoundError):
+      if os.stat(directory).st_ino == os.fstat(handle).st_ino:
+        return handle
+    os.close(handle)
 
 
 def _sync(directory: pathlib.Path):
