@@ -227,15 +227,21 @@ class Tfds:
         have = ', '.join(features)
         raise ValueError(f'{name} has no feature {feature!r}; there are: {have}')
     builder.download_and_prepare()
-    decoders = {self.image: tfds.decode.SkipDecoding()} if self.image else None
+    # Files stay as they are; those inside a Sequence TFDS can't but decode.
+    one = self.image and isinstance(features[self.image], tfds.features.Image)
+    decoders = {self.image: tfds.decode.SkipDecoding()} if one else None
     for split in builder.info.splits:
       if splits is not None and split not in splits:
         continue
       data = builder.as_data_source(split, decoders=decoders)
       for i in range(len(data)):
-        yield split, self._document(data[i], features, f'{split}/{i}')
+        yield split, self._document(data, i, features, f'{split}/{i}')
 
-  def _document(self, record, features, name) -> Document | BadDocument:
+  def _document(self, data, i, features, name) -> Document | BadDocument:
+    try:
+      record = data[i]
+    except Exception as error:  # TFDS decodes all features; what fails, and how, varies
+      return BadDocument('bad_record', f'{name}: {str(error).splitlines()[:1]}')
     spans = [Image(_pixels(one)) for one in _several(record, self.image)]
     prompts = _texts(record, features, self.prompt)
     texts = _texts(record, features, self.text)
@@ -243,9 +249,9 @@ class Tfds:
       return BadDocument(
         'bad_record', f'{name}: {len(prompts)} prompts, {len(texts)} texts'
       )
-    for i, text in enumerate(texts):
+    for j, text in enumerate(texts):
       if prompts:
-        spans += [Text(prompts[i]), Text(f' {text}', trained=True)]
+        spans += [Text(prompts[j]), Text(f' {text}', trained=True)]
       else:
         spans.append(Text(text, trained=True))
     return Document(tuple(spans), name)
