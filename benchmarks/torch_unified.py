@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def rotary_angles(positions, head_dim, base, sections):
-  """Angles f32[B, T, H/2] of positions i64[B, T, 3]; frequency i turns by its axis."""
+def rotary_angles(positions, head_dim, base, axes):
+  """Angles f32[B, T, H/2] of positions i64[B, T, 3]; pair i turns by axis axes[i]."""
   frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-  axis = torch.repeat_interleave(torch.arange(3), torch.tensor(sections))
-  return positions.float()[..., axis] * frequency
+  return positions.float()[..., axes] * frequency
 
 
 def rotate(x, angles):
@@ -74,7 +73,7 @@ class Unified(nn.Module):
     at = source.clamp(min=0)[..., None].expand(-1, -1, x.shape[-1])
     x = torch.where((source >= 0)[..., None], torch.gather(patches, 1, at), x)
     angles = rotary_angles(
-      batch['positions'], self.c['head_dim'], self.c['rope_base'], self.c['rope_sections']
+      batch['positions'], self.c['head_dim'], self.c['rope_base'], self.c['rope_axes']
     )
     order = batch['order'][:, None, :]
     segments = batch['segment_ids']
