@@ -1,0 +1,307 @@
+"""The loading pipeline: from a prepared dataset to packed batches, step by step.
+
+  step s -> rows s*B .. s*B+B-1 of the plan -> documents -> examples -> Loaded
+
+One element is a whole step, and each step is a function of its number alone.
+So the place in the data IS the step: a run resumes by starting at one. Process
+h of H takes the h-th block of each step's rows, hence the global batches are the
+same for any number of processes and of Grain's worker processes.
+
+A document that can't be read or decoded is left out of its row (there is padding
+instead) and counted; too large a share of them stops the run.
+"""
+
+import collections
+import dataclasses
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from mmjax.batch import Budget, Item, PackedBatch
+from mmjax.data.document import BadDocument
+from mmjax.data.example import Example, to_example
+from mmjax.data.pack import needs_of, pack
+from mmjax.data.plan import Lengths, PackPlan
+
+_log = logging.getLogger(__name__)
+_ENDLESS = 2**48  # steps
+_WINDOW = 4096  # documents over which the share of bad ones is taken
+_FEW = 10  # bad documents that stop no run yet, unless none are allowed
+
+
+class TooManyBadDocuments(ValueError):
+  """The share of documents that can't be read is over `max_bad_share`."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """One step of one process.
+
+  batch: the rows of this process, NumPy [rows / process_count, ...].
+  stats: of these rows: 'documents', 'tokens' (stream slots that aren't padding),
+    'targets', 'fill/stream', 'fill/<kind>' (share of patches), 'bad/<reason>'
+    (documents left out); and 'epoch', epochs done after this step.
+  """
+
+  batch: PackedBatch
+  stats: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+  """What a worker makes of a step: the batch, and the documents it left out."""
+
+  batch: PackedBatch
+  documents: int
+  bad: tuple[tuple[str, int, str], ...]  # reason, document, message
+
+
+jax.tree_util.register_dataclass(_Step, ['batch'], ['documents', 'bad'])
+
+
+class Pipeline:
+  """Packed batches of a dataset, endless, open at any step.
+
+  Args:
+    dataset: `store.Dataset`, or anything with `[i] -> Document`, `.index` and
+      `.tokenizer` (and picklable, if there are workers).
+    budget: of a row.
+    rows: of a step, over all processes.
+    rules: by media kind, how an item becomes patches.
+    slots: the model's answer to how many stream slots an item takes.
+    seed: of the shuffle.
+    image_attention: 'block' or 'causal', see `to_example`.
+    max_bad_share: the run stops if a larger share of the documents is bad (of
+      the last 4,096 or so, and more than 10 of them; 0 stops at the first).
+    workers: Grain worker processes; 0 reads in a thread of this one.
+
+  Raises:
+    ValueError: no document fits the budget, or a number that makes no sense.
+  """
+
+  def __init__(
+    self,
+    dataset: Any,
+    *,
+    budget: Budget,
+    rows: int,
+    rules: Mapping[str, Any],
+    slots: Callable[[Item], tuple[int, int, int]],
+    seed: int = 0,
+    image_attention: str = 'block',
+    max_bad_share: float = 0.01,
+    workers: int = 0,
+  ):
+    if rows < 1 or workers < 0 or not 0 <= max_bad_share <= 1:
+      raise ValueError(
+        f'pipeline: rows={rows} must be >= 1, workers={workers} >= 0 and'
+        f' max_bad_share={max_bad_share} in [0, 1]'
+      )
+    self.budget = budget
+    self.rows = rows
+    self.max_bad_share = max_bad_share
+    self.workers = workers
+    self.lengths = Lengths.of(dataset.index, rules, slots)
+    self.plan = PackPlan(self.lengths, budget, seed)
+    self._convert = _Convert(dataset, dict(rules), slots, image_attention)
+
+  @property
+  def steps_per_epoch(self) -> float:
+    return self.plan.num_rows / self.rows
+
+  def summary(self) -> str:
+    """Documents, rows, steps per epoch, fill and drops, for the log."""
+    plan = self.plan
+    dropped = sum(plan.dropped.values())
+    why = ', '.join(f'{reason} {count:,}' for reason, count in plan.dropped.items())
+    fill = ', '.join(f'{name} {share:.1%}' for name, share in plan.fill.items())
+    return '\n'.join(
+      [
+        f'{plan.num_documents:,} documents in {plan.num_rows:,} rows, '
+        f'{plan.num_documents / plan.num_rows:.2f} a row; '
+        f'{self.steps_per_epoch:,.1f} steps of {self.rows} rows an epoch',
+        f'fill: {fill}',
+        f'dropped: {dropped:,}' + (f' ({why})' if why else ''),
+      ]
+    )
+
+  def iterate(
+    self, start_step: int = 0, process_index: int = 0, process_count: int = 1
+  ) -> 'Steps':
+    """The steps from `start_step` on, the rows of one process.
+
+    Raises:
+      ValueError: rows that don't divide over the processes, or a wrong number.
+    """
+    if start_step < 0 or not 0 <= process_index < process_count:
+      raise ValueError(
+        f'start_step={start_step}, process {process_index} of {process_count}: no such'
+      )
+    if self.rows % process_count:
+      raise ValueError(
+        f'data.rows = {self.rows} does not divide over {process_count} processes'
+      )
+    local = self.rows // process_count
+    load = _Load(
+      self._convert, self.plan, self.budget, self.rows, process_index * local, local
+    )
+    return Steps(_read(load, start_step, self.workers), self, start_step)
+
+
+class Steps(Iterator[Loaded]):
+  """Iterates over steps; counts bad documents exactly, as it is the only consumer.
+
+  `close()` ends the threads and worker processes behind it.
+  """
+
+  def __init__(self, steps, pipeline: Pipeline, start_step: int):
+    self._steps = steps
+    self._pipeline = pipeline
+    self.next_step = start_step
+    self._window = collections.deque()  # (documents, reasons) per step
+    self._logged = set()
+
+  def __next__(self) -> Loaded:
+    """The next step.
+
+    Raises:
+      TooManyBadDocuments: one line, with the counts by reason.
+    """
+    step: _Step = next(self._steps)
+    bad = collections.Counter(reason for reason, _, _ in step.bad)
+    for reason, document, message in step.bad:
+      if reason not in self._logged:
+        self._logged.add(reason)
+        _log.warning('bad document %d left out: %s', document, message)
+    self._check(step.documents + len(step.bad), bad)
+    self.next_step += 1
+    stats = _stats(step, self._pipeline.budget)
+    stats |= {f'bad/{reason}': float(count) for reason, count in bad.items()}
+    stats['epoch'] = self.next_step / self._pipeline.steps_per_epoch
+    return Loaded(step.batch, stats)
+
+  def _check(self, documents: int, bad: collections.Counter):
+    self._window.append((documents, bad))
+    while sum(n for n, _ in self._window) - self._window[0][0] >= _WINDOW:
+      self._window.popleft()
+    share = self._pipeline.max_bad_share
+    counts = sum((c for _, c in self._window), collections.Counter())
+    seen = sum(n for n, _ in self._window)
+    if counts.total() > max(share * seen, _FEW if share else 0):
+      why = ', '.join(f'{reason} {count}' for reason, count in counts.most_common())
+      self.close()
+      raise TooManyBadDocuments(
+        f'{counts.total()} of the last {seen} documents are bad, over'
+        f' data.max_bad_share = {share:.2%}: {why}'
+      )
+
+  def close(self):
+    close = getattr(self._steps, 'close', None)
+    if close is not None:
+      close()
+
+
+def _stats(step: _Step, budget: Budget) -> dict[str, float]:
+  stream = step.batch.stream
+  tokens = np.count_nonzero(stream.segment_ids)
+  stats = {
+    'documents': step.documents,
+    'tokens': tokens,
+    'targets': np.count_nonzero(stream.weights),
+    'fill/stream': tokens / stream.segment_ids.size,
+  }
+  for kind, bank in step.batch.bank.items():
+    stats[f'fill/{kind}'] = np.count_nonzero(bank.items) / max(bank.items.size, 1)
+  return {name: float(value) for name, value in stats.items()}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Convert:
+  """Document number to example."""
+
+  dataset: Any
+  rules: dict[str, Any]
+  slots: Callable[[Item], tuple[int, int, int]]
+  image_attention: str
+
+  def __call__(self, document: int) -> Example:
+    return to_example(
+      self.dataset[document],
+      tokenizer=self.dataset.tokenizer,
+      rules=self.rules,
+      slots=self.slots,
+      image_attention=self.image_attention,
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Load:
+  """Step number to the step's local rows."""
+
+  convert: _Convert
+  plan: PackPlan
+  budget: Budget
+  rows: int
+  first: int
+  count: int
+
+  def __call__(self, step: int) -> _Step:
+    start = int(step) * self.rows + self.first
+    rows, bad = [], []
+    for r in range(start, start + self.count):
+      rows.append([])
+      for document in self.plan.row(r):
+        try:
+          rows[-1].append(self._example(document))
+        except BadDocument as error:
+          bad.append((error.reason, document, str(error)))
+    return _Step(pack(rows, self.budget), sum(map(len, rows)), tuple(bad))
+
+  def _example(self, document: int) -> Example:
+    example = self.convert(document)
+    planned = self.plan.needs(document)
+    for name, need in needs_of(example).items():
+      if need > planned.get(name, 0):
+        raise BadDocument(
+          'differs_from_index',
+          f'document {document} needs {need} of {name}, its index says'
+          f' {planned.get(name, 0)}',
+        )
+    return example
+
+
+def _read(load: _Load, start_step: int, workers: int):
+  """Grain's iterator over the steps: threads, or worker processes with prefetch."""
+  import grain
+
+  steps = grain.MapDataset.range(start_step, start_step + _ENDLESS).map(load)
+  if not workers:
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    return iter(steps.to_iter_dataset(options))
+  from absl import flags
+
+  if not flags.FLAGS.is_parsed():  # Grain reads its own flags for its workers
+    flags.FLAGS.mark_as_parsed()
+  steps = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+  options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+  return iter(steps.mp_prefetch(options, worker_init_fn=_die_with_parent))
+
+
+def _die_with_parent(*_):
+  """Ends this worker when its parent is gone, however that ended (SIGKILL too)."""
+  parent = multiprocessing.parent_process()
+
+  def watch():
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+  if parent is not None:
+    threading.Thread(target=watch, name='parent-watch', daemon=True).start()
