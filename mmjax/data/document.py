@@ -67,6 +67,7 @@ class Video:
 
 
 Span = Text | Image | Audio | Video
+_KIND_OF = {Text: 'text', Image: 'image', Audio: 'audio', Video: 'video'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +89,11 @@ def kind_of(span: Span) -> str:
   Raises:
     BadDocument: 'unknown_span', for anything else.
   """
-  for cls, kind in ((Text, 'text'), (Image, 'image'), (Audio, 'audio'), (Video, 'video')):
-    if isinstance(span, cls):
-      return kind
-  raise BadDocument(
-    'unknown_span', f'{type(span).__name__} is not a Text, Image, Audio or Video'
-  )
+  kind = _KIND_OF.get(type(span))
+  if kind is None:
+    name = type(span).__name__
+    raise BadDocument('unknown_span', f'{name} is not a Text, Image, Audio or Video')
+  return kind
 
 
 def encode(document: Document) -> bytes:

@@ -13,6 +13,7 @@ the largest side of the grid before it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -113,9 +114,10 @@ def _patches(span, rule) -> tuple[tuple[int, int, int], np.ndarray]:
   return rule.grid(*media_lib.native_size(span)), rule.patches(span)
 
 
+@functools.lru_cache(1024)
 def _cells(grid: tuple[int, int, int]) -> np.ndarray:
   """The cells (time, row, column) of a grid in reading order, i32[n, 3]."""
-  return np.indices(grid, np.int32).reshape(3, -1).T
+  return np.ascontiguousarray(np.indices(grid, np.int32).reshape(3, -1).T)
 
 
 class _Parts:
@@ -124,24 +126,31 @@ class _Parts:
   def __init__(self):
     self.rank = 0  # the next slot's order
     self.position = 0  # the next text token's position
+    self.ids, self.trained = [], []  # of texts since the last item
     self.tokens, self.order, self.positions = [], [], []
     self.weights, self.source = [], []
     self.num_slots = {}  # by kind
     self.media = {}
 
   def text(self, ids, trained):
-    n = len(ids)
+    self.ids += ids
+    self.trained += [float(trained)] * len(ids)
+
+  def _close_text(self):
+    n = len(self.ids)
     steps = np.arange(n, dtype=np.int32)
-    self.tokens.append(np.asarray(ids, np.int32).reshape(n))
+    self.tokens.append(np.array(self.ids, np.int32))
     self.order.append(self.rank + steps)
     self.positions.append(np.repeat((self.position + steps)[:, None], 3, axis=1))
-    self.weights.append(np.full(n, trained, np.float32))
+    self.weights.append(np.array(self.trained, np.float32))
     self.source.append(np.full(n, -1, np.int32))
     self.rank += n
     self.position += n
+    self.ids, self.trained = [], []
 
   def item(self, kind, grid, values, slot_grid, attention):
-    cells = _cells(slot_grid)
+    self._close_text()
+    cells = _cells(tuple(slot_grid))
     n = len(cells)
     steps = np.arange(n, dtype=np.int32)
     seen = self.num_slots.get(kind, 0)
@@ -157,6 +166,7 @@ class _Parts:
     self.media.setdefault(kind, []).append((grid, values, self.rank - 1))
 
   def example(self, name) -> Example:
+    self._close_text()
     n = sum(map(len, self.tokens))
     if not n:
       raise BadDocument('empty', f'document {name!a} holds nothing')
@@ -181,7 +191,7 @@ def _media_arrays(items) -> MediaArrays:
   counts = [len(values) for _, values, _ in items]
   return MediaArrays(
     values=np.concatenate([values for _, values, _ in items]),
-    positions=np.concatenate([_cells(grid) for grid, _, _ in items]),
+    positions=np.concatenate([_cells(tuple(grid)) for grid, _, _ in items]),
     items=np.repeat(np.arange(1, len(items) + 1, dtype=np.int32), counts),
     item_order=np.array([rank for _, _, rank in items], np.int32),
   )

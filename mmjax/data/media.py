@@ -77,7 +77,7 @@ def _rgb(image: PIL.Image.Image) -> np.ndarray:
       image = image.convert('RGBA')
       white = PIL.Image.new('RGBA', image.size, 'white')
       image = PIL.Image.alpha_composite(white, image)
-    return np.array(image.convert('RGB'))
+    return np.array(image if image.mode == 'RGB' else image.convert('RGB'))
   except ValueError as error:
     raise BadDocument('unsupported_image', f'mode {image.mode} ({error})') from None
 

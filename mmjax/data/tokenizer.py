@@ -11,6 +11,7 @@ is seven characters. Nothing is added in front of or behind a text. `hash` tells
 two tokenizers apart by content.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -70,6 +71,7 @@ class JsonTokenizer:
     self._tokenizer.encode_special_tokens = True  # text is text
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
+    self._short = functools.lru_cache(2**14)(self._encode)
     self._content = content
     self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
     self.end_id = _end_id(end_id, self._tokenizer.token_to_id, self.vocab_size, where)
@@ -79,7 +81,11 @@ class JsonTokenizer:
     return _hash(self.kind, self._content, self.end_id)
 
   def encode(self, text: str) -> list[int]:
-    return self._tokenizer.encode(text, add_special_tokens=False).ids
+    # Questions and answers come again and again.
+    return list(self._short(text) if len(text) < 128 else self._encode(text))
+
+  def _encode(self, text):
+    return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     done = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
