@@ -57,10 +57,11 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     )
   try:
     image.load()
-    image = PIL.ImageOps.exif_transpose(image)
+    return _rgb(PIL.ImageOps.exif_transpose(image))
+  except BadDocument:
+    raise
   except Exception as error:  # the same
     raise BadDocument('truncated_image', str(error)) from None
-  return _rgb(image)
 
 
 def _rgb(image: PIL.Image.Image) -> np.ndarray:
@@ -72,14 +73,11 @@ def _rgb(image: PIL.Image.Image) -> np.ndarray:
     return np.repeat(((grey + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
   if image.mode == 'F':
     raise BadDocument('unsupported_image', 'float pixels have no set range')
-  try:
-    if image.has_transparency_data:
-      image = image.convert('RGBA')
-      white = PIL.Image.new('RGBA', image.size, 'white')
-      image = PIL.Image.alpha_composite(white, image)
-    return np.array(image if image.mode == 'RGB' else image.convert('RGB'))
-  except ValueError as error:
-    raise BadDocument('unsupported_image', f'mode {image.mode} ({error})') from None
+  if image.has_transparency_data:
+    image = image.convert('RGBA')
+    white = PIL.Image.new('RGBA', image.size, 'white')
+    image = PIL.Image.alpha_composite(white, image)
+  return np.array(image if image.mode == 'RGB' else image.convert('RGB'))
 
 
 def pixels(image: Image, max_pixels: int = MAX_PIXELS) -> np.ndarray:

@@ -47,6 +47,7 @@ def prepare(
   Raises:
     ValueError: a wrong source or tokenizer, another dataset at `out`, nothing
       usable in the source.
+    OSError: the disk is full; nothing is left behind.
   """
   made_from = {
     'source': source,
@@ -169,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
       max_pixels=args.max_pixels,
       **{name: value for name, value in options.items() if value is not None},
     )
-  except ValueError as error:
+  except (ValueError, OSError) as error:
     print(f'prepare: {error}', file=sys.stderr)
     return 1
   print(f'{args.out}\n{report(meta)}')

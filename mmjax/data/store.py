@@ -101,6 +101,7 @@ class Writer:
   Raises:
     InUse: the directory isn't empty. If another process is just writing it,
       entering waits for that one first.
+    OSError: the disk is full; nothing is left behind.
   """
 
   def __init__(
@@ -173,10 +174,11 @@ class Writer:
 
   def __exit__(self, kind, error, traceback):
     try:
-      splits = {name: split.close() for name, split in self._splits.items()}
       if kind is None:
-        self._finish(splits)
+        self._finish({name: split.close() for name, split in self._splits.items()})
     finally:
+      for split in self._splits.values():
+        split.abandon()
       self._leave()
 
   def _finish(self, splits):
@@ -221,7 +223,8 @@ class _SplitWriter:
       # One record per chunk: random access reads no more than it needs.
       self._writer = array_record_module.ArrayRecordWriter(path, 'group_size:1')
       self._shards.append({'file': name, 'documents': 0, 'bytes': 0})
-    self._writer.write(record)
+    with _file_errors():
+      self._writer.write(record)
     shard = self._shards[-1]
     shard['documents'] += 1
     shard['bytes'] += len(record)
@@ -240,13 +243,20 @@ class _SplitWriter:
       self._close_shard()
 
   def _close_shard(self):
-    self._writer.close()
+    with _file_errors():
+      self._writer.close()
     self._writer = None
     shard = self._shards[-1]
     path = self._directory / shard['file']
     shard['bytes'] = path.stat().st_size
     with open(path, 'rb') as file:
       os.fsync(file.fileno())
+
+  def abandon(self):
+    """Closes what an error left open."""
+    if self._writer is not None:
+      with contextlib.suppress(Exception):
+        self._writer.close()
 
   def close(self) -> dict[str, Any]:
     if self._writer is not None:
@@ -263,6 +273,15 @@ class _SplitWriter:
       file.flush()
       os.fsync(file.fileno())
     return {**self.counts, 'shards': self._shards}
+
+
+@contextlib.contextmanager
+def _file_errors():
+  """ArrayRecord tells of a full disk by RuntimeError."""
+  try:
+    yield
+  except RuntimeError as error:
+    raise OSError(str(error)) from None
 
 
 def _lock(directory: pathlib.Path) -> int:

@@ -149,6 +149,36 @@ def test_what_a_killed_writer_left_is_cleared(tmp_path):
   assert list(store.read_meta(tmp_path / 'd')['splits']) == ['train', 'test']
 
 
+FULL_DISK = """
+import resource, signal, sys
+import numpy as np
+from mmjax.data.document import Document, Image, Text
+from mmjax.data.store import Dataset, Writer
+from mmjax.data.tokenizer import ByteTokenizer
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # no file gets larger
+rng = np.random.default_rng(0)
+path, n = sys.argv[1], int(sys.argv[2])
+try:
+  with Writer(path, ByteTokenizer()) as writer:
+    for i in range(n):
+      image = rng.integers(0, 256, (64, 64, 3), np.uint8)
+      writer.add('train', Document((Image(image), Text('a', True))))
+except OSError as error:
+  print('OSError', error)
+else:
+  print('written', len(Dataset(path, 'train')))
+"""
+
+
+@pytest.mark.parametrize('n, said', [(3, 'written 3'), (100, 'OSError'), (16, 'OSError')])
+def test_a_full_disk_leaves_nothing_behind(tmp_path, n, said):
+  command = [sys.executable, '-c', FULL_DISK, str(tmp_path / 'd'), str(n)]
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert done.stdout.startswith(said), done.stderr
+  assert [p.name for p in tmp_path.iterdir()] == (['d'] if said == 'written 3' else [])
+
+
 def test_a_second_writer_waits_for_the_first(tmp_path):
   started, result = threading.Event(), []
 
