@@ -18,6 +18,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -159,11 +160,14 @@ class Pipeline:
 class Steps(Iterator[Loaded]):
   """Iterates over steps; counts bad documents exactly, as it is the only consumer.
 
-  `close()` ends the threads and worker processes behind it.
+  `close()` ends the threads and worker processes behind it; so does the exit of
+  the program.
   """
 
   def __init__(self, steps, pipeline: Pipeline, start_step: int):
-    self._steps = steps
+    self._steps = [steps]
+    # At exit too, while there still are modules to close it with.
+    self.close = weakref.finalize(self, _close, self._steps)
     self._pipeline = pipeline
     self.next_step = start_step
     self._window = collections.deque()  # (documents, reasons) per step
@@ -175,7 +179,9 @@ class Steps(Iterator[Loaded]):
     Raises:
       TooManyBadDocuments: one line, with the counts by reason.
     """
-    step: _Step = next(self._steps)
+    if not self.close.alive:
+      raise ValueError('these steps are closed')
+    step: _Step = next(self._steps[0])
     bad = collections.Counter(reason for reason, _, _ in step.bad)
     for reason, document, message in step.bad:
       if reason not in self._logged:
@@ -186,7 +192,9 @@ class Steps(Iterator[Loaded]):
     stats = _stats(step, self._pipeline.budget)
     stats |= {f'bad/{reason}': float(count) for reason, count in bad.items()}
     stats['epoch'] = self.next_step / self._pipeline.steps_per_epoch
-    return Loaded(step.batch, stats)
+    # Out of shared memory, which is the workers' to reuse.
+    batch = jax.tree.map(np.array, step.batch) if self._pipeline.workers else step.batch
+    return Loaded(batch, stats)
 
   def _check(self, documents: int, bad: collections.Counter):
     self._window.append((documents, bad))
@@ -203,10 +211,10 @@ class Steps(Iterator[Loaded]):
         f' data.max_bad_share = {share:.2%}: {why}'
       )
 
-  def close(self):
-    close = getattr(self._steps, 'close', None)
-    if close is not None:
-      close()
+
+def _close(steps: list):
+  if steps:
+    steps.pop().close()
 
 
 def _stats(step: _Step, budget: Budget) -> dict[str, float]:
@@ -292,11 +300,15 @@ def _read(load: _Load, start_step: int, workers: int):
     flags.FLAGS.mark_as_parsed()
   steps = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
   options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-  return iter(steps.mp_prefetch(options, worker_init_fn=_die_with_parent))
+  return iter(steps.mp_prefetch(options, worker_init_fn=_init_worker))
 
 
-def _die_with_parent(*_):
-  """Ends this worker when its parent is gone, however that ended (SIGKILL too)."""
+def _init_worker(*_):
+  """Keeps a worker off the accelerators, and ends it when its parent is gone.
+
+  Grain asks its workers to stop, which a parent that was killed can't do.
+  """
+  jax.config.update('jax_platforms', 'cpu')
   parent = multiprocessing.parent_process()
 
   def watch():
