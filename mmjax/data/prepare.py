@@ -15,6 +15,7 @@ import tqdm
 
 from mmjax.data import media, sources, store
 from mmjax.data import tokenizer as tokenizer_lib
+from mmjax.data import writer as writer_lib
 from mmjax.data.document import BadDocument, Text
 
 
@@ -65,7 +66,7 @@ def prepare(
   made_tokenizer = tokenizer_lib.from_spec(tokenizer, lambda: _texts(made, splits), end)
   info = {**made_from, 'fingerprint': fingerprint}
   try:
-    with store.Writer(out, made_tokenizer, info, max_pixels=max_pixels) as writer:
+    with writer_lib.Writer(out, made_tokenizer, info, max_pixels=max_pixels) as writer:
       records = tqdm.tqdm(
         made.records(splits),
         desc=f'preparing {source}',
@@ -82,7 +83,7 @@ def prepare(
         except BadDocument as error:
           writer.drop(error, document.id)
       _check_any(source, writer, splits)
-  except store.InUse:
+  except writer_lib.InUse:
     if not os.path.exists(os.path.join(out, 'meta.json')):
       raise
     return _reuse(out, made_from, fingerprint)  # another process was faster

@@ -11,8 +11,8 @@ from mmjax.batch import PLACEHOLDER, KeyTags, QueryTags, visible
 from mmjax.data import media
 from mmjax.data.document import Audio, BadDocument, Document, Image, Text, Video
 from mmjax.data.example import to_example
-from mmjax.data.store import measure
 from mmjax.data.tokenizer import ByteTokenizer
+from mmjax.data.writer import measure
 
 TOKENIZER = ByteTokenizer()
 END = TOKENIZER.end_id

@@ -17,12 +17,13 @@ from mmjax.data.document import BadDocument, Document, Image, Text, Video
 from mmjax.data.example import to_example
 from mmjax.data.media import ImageRule, decode_image
 from mmjax.data.prepare import prepare, report
-from mmjax.data.store import Dataset, InUse
+from mmjax.data.store import Dataset
+from mmjax.data.writer import InUse
 
 
-def png(color, size=(4, 4)):
+def png(color, size=(4, 4), form='PNG'):
   file = io.BytesIO()
-  PIL.Image.new('RGB', size, color).save(file, 'PNG')
+  PIL.Image.new('RGB', size, color).save(file, form)
   return file.getvalue()
 
 
@@ -189,7 +190,7 @@ def test_bpe_is_trained_on_the_first_split_alone(folder):
 def test_what_is_there_is_reused_if_made_the_same_way(folder, monkeypatch):
   first = run(folder, tokenizer='bpe:300')
   before = (folder / 'out' / 'meta.json').stat().st_mtime_ns
-  monkeypatch.setattr(prepare_lib.store, 'Writer', None)
+  monkeypatch.setattr(prepare_lib.writer_lib, 'Writer', None)
   assert run(folder, tokenizer='bpe:300') == first
   assert (folder / 'out' / 'meta.json').stat().st_mtime_ns == before
   source = f'jsonl:{folder / "d.jsonl"}'
@@ -318,7 +319,7 @@ class TinyPairs(tfds.core.GeneratorBasedBuilder):
   def _generate_examples(self, n):
     for i in range(n):
       def png():
-        return io.BytesIO(open(f'{sys.argv[1]}/{i}.png', 'rb').read())
+        return io.BytesIO(open(f'{sys.argv[1]}/{i}.jpg', 'rb').read())
       yield i, {'image': png(), 'images': [png() for _ in range(i)], 'label': i % 2,
                 'question': f'what is {i}?', 'answers': ['a', 'b'][:i]}
 
@@ -338,8 +339,9 @@ print('tensorflow', 'tensorflow' in sys.modules)
 
 def test_tfds_features_become_spans(tmp_path):
   """In a process of its own: TFDS warns while it is imported."""
+  files = [png('red', (4, 4 + i), 'JPEG') for i in range(3)]
   for i in range(3):
-    (tmp_path / f'{i}.png').write_bytes(png((i, 0, 0), (4, 4 + i)))
+    (tmp_path / f'{i}.jpg').write_bytes(files[i])
   done = subprocess.run(
     [sys.executable, '-c', TFDS, str(tmp_path)],
     capture_output=True,
@@ -361,7 +363,7 @@ def test_tfds_features_become_spans(tmp_path):
   for document in iterate(tmp_path / 'labels'):
     image, prompt, answer = document.spans
     i = decode_image(image.content).shape[0] - 4
-    assert image.content == png((i, 0, 0), (4, 4 + i))  # stored as it was
+    assert image.content == files[i]  # stored as it was
     assert prompt == Text(f'what is {i}?')
     by_height[i] = answer
   assert by_height == {i: Text([' red', ' blue'][i % 2], True) for i in range(3)}
