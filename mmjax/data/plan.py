@@ -25,13 +25,8 @@ from typing import Any
 import numpy as np
 
 from mmjax.batch import Budget, Item
+from mmjax.data import binpack
 from mmjax.data.document import KINDS, BadDocument
-
-# Vectors are rounded up until there are at most this many types, so that packing
-# costs the same for ten thousand documents as for ten million.
-_MAX_TYPES = (2048, 16384)  # for few documents, for many
-_DOCUMENTS_PER_TYPE = 32  # fewer, and a document would meet few others
-_ROUNDING = 0.004  # of the scarcest budget, lost to rounding at most
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -144,8 +139,8 @@ class PackPlan:
     room = limits(lengths.names, budget)
     self.ids, self.dropped = _usable(lengths, room)
     needs = lengths.needs[self.ids]
-    vectors, self._type = _types(needs, room)
-    patterns = _pack(vectors, np.bincount(self._type, minlength=len(vectors)), room)
+    vectors, self._type = binpack.types(needs, room)
+    patterns = binpack.pack(vectors, np.bincount(self._type), room)
     sizes = np.concatenate([np.full(times, len(p)) for p, times in patterns])
     self._offsets = np.concatenate([[0], np.cumsum(sizes)])
     places = np.concatenate([np.tile(p, times) for p, times in patterns])
@@ -262,118 +257,3 @@ def _reason(name: str) -> str:
     return 'too_many_targets'
   kind, what = name.split('/')
   return f'too_many_{what}:{kind}'
-
-
-def _group(vectors: np.ndarray, room: np.ndarray):
-  """(distinct vectors i64[U, K], which of them each is, i64[N]); faster than axis=0."""
-  key, span = np.zeros(len(vectors), np.int64), 1
-  for column, limit in zip(vectors.T, room.tolist()):
-    if span * (limit + 1) >= 2**62:
-      distinct, key = np.unique(key, return_inverse=True)
-      span = len(distinct)
-    key = key * (limit + 1) + column
-    span *= limit + 1
-  _, first, which = np.unique(key, return_index=True, return_inverse=True)
-  return vectors[first], which.reshape(-1)
-
-
-def _types(needs: np.ndarray, room: np.ndarray):
-  """Rounds needs up to not too many types: (vectors i64[U, K], type of each i64[N]).
-
-  A need keeps some number of leading bits. Bits are given up one at a time where
-  it costs the least: where a budget isn't scarce, it costs no row.
-  """
-  enough = max(len(needs) // _DOCUMENTS_PER_TYPE, 1)
-  bearable = int(np.clip(8 * np.sqrt(len(needs)), *_MAX_TYPES))
-  scale = np.maximum(room, 1)
-  vectors, which = _group(needs, room)
-  counts = np.bincount(which)
-  exact = counts @ (vectors / scale)
-  bits = [int(limit).bit_length() for limit in room]
-
-  def loss(k, column):
-    """Rows lost if column k becomes this; little if k has room to spare."""
-    load = counts @ column / scale[k]
-    return (load - exact[k]) / exact[k] * (load / exact.max()) ** 6 if exact[k] else 0.0
-
-  while len(vectors) > min(enough, bearable) and max(bits) > 1:
-    now = [loss(k, column) for k, column in enumerate(vectors.T)]
-    tries = []
-    for k in np.flatnonzero(np.array(bits) > 1):
-      column = _round_up(vectors[:, k], bits[k] - 1, room[k])
-      tries.append((sum(now) - now[k] + loss(k, column), k, column))
-    total, k, column = min(tries, key=lambda t: t[:2])
-    if total > _ROUNDING and len(vectors) <= bearable:
-      break
-    vectors, bits[k] = vectors.copy(), bits[k] - 1
-    vectors[:, k] = column
-    vectors, merged = _group(vectors, room)
-    which = merged[which]
-    counts = np.bincount(which)
-  return vectors, which
-
-
-def _round_up(x: np.ndarray, bits: int, limit: int) -> np.ndarray:
-  """x up to the next number of so many leading bits, but not beyond the limit."""
-  length = np.frexp(x.astype(np.float64))[1]  # 5 -> 3
-  grain = 1 << np.maximum(length - bits, 0).astype(np.int64)
-  return np.minimum(-(-x // grain) * grain, limit)
-
-
-def _pack(vectors: np.ndarray, counts: np.ndarray, room: np.ndarray):
-  """Packs counts[u] documents of each type into rows: [(types of a row, how often)].
-
-  A row starts with the largest type left and goes on with the largest that fits;
-  on the way it looks for the one or two types that close the row best. The
-  result is repeated as often as the counts allow, so that the cost depends on
-  the number of types, not of documents.
-  """
-  scale = np.maximum(room, 1)
-  load = counts @ (vectors / scale)
-  main = int(load.argmax())  # the scarcest budget
-  size = (vectors / scale) @ (load / load.sum())
-  order = np.lexsort((size, vectors[:, main]))[::-1]  # decreasing
-  columns, left = np.ascontiguousarray(vectors[order].T), counts[order]
-  out = []
-  while len(order):
-    pattern = _fill_row(columns, left, room, main)
-    types, times_each = np.unique(pattern, return_counts=True)
-    times = int((left[types] // times_each).min())
-    out.append((order[pattern], times))
-    left[types] -= times * times_each
-    if not left[types].all():
-      keep = np.flatnonzero(left)
-      order, columns, left = order[keep], columns[:, keep], left[keep]
-  return out
-
-
-def _fill_row(columns, left, room, main) -> list[int]:
-  """The types of one row; `columns`, i64[K, U], decrease in resource `main`."""
-  row, room = [0], room - columns[:, 0]
-  best, least = row, room[main]
-  fits = np.arange(len(left))
-  while True:
-    if row.count(row[-1]) == left[row[-1]]:
-      fits = fits[fits != row[-1]]
-    fits = fits[(columns[:, fits] <= room[:, None]).all(axis=0)]
-    if not len(fits):
-      return best
-    lengths, free = columns[main, fits], int(room[main])
-    closing = [(free - lengths[0], row + [fits[0]])]
-    # One that fits, and the largest (by `main`) that fits beside it.
-    second = len(fits) - np.searchsorted(lengths[::-1], free - lengths, 'right')
-    a, b = fits[second < len(fits)], fits[second[second < len(fits)]]
-    ok = (columns[:, a] + columns[:, b] <= room[:, None]).all(axis=0)
-    ok &= (a != b) | (left[a] >= 2 + (a == row[-1]) * row.count(row[-1]))
-    if ok.any():
-      a, b = a[ok], b[ok]
-      slack = free - columns[main, a] - columns[main, b]
-      i = slack.argmin()
-      closing.append((slack[i], row + [a[i], b[i]]))
-    for slack, closed in closing:
-      if slack < least:
-        best, least = closed, slack
-    if least == 0:
-      return best
-    row.append(fits[0])
-    room = room - columns[:, fits[0]]
