@@ -11,7 +11,7 @@ command, the config, the data or the workdir doesn't fit.
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from mmjax.train import config as config_lib
 
@@ -26,6 +26,8 @@ def main(argv):
 
   if len(argv) > 1:
     sys.exit(config_lib.refuse(ValueError(f'unknown argument {argv[1]!r}')))
+  if flags.FLAGS['verbosity'].using_default_value:
+    logging.set_verbosity(logging.WARNING)  # mmjax has its own log
   workdir = _WORKDIR.value or pathlib.Path('runs') / config_lib.spec_name(sys.argv)
   try:
     loop.train(flags.FLAGS.config, workdir)

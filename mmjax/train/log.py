@@ -45,7 +45,7 @@ class RunLog:
     for line in truncate(self.path, start):
       if any(key.startswith('eval/') for key in line):
         self._evaluated.add(line['step'])
-    self._file = open(self.path, 'a')
+    self._file = self.path.open('a')
     import tensorboardX
 
     purge = start + 1 if start else None
@@ -85,7 +85,8 @@ class RunLog:
 
   def _text(self, step, line):
     if 'train/loss' not in line:
-      shown = [f'{k[len("eval/") :]} {v:.4g}' for k, v in line.items() if k != 'step']
+      short = {k.removeprefix('eval/'): v for k, v in line.items() if k.count('/') == 2}
+      shown = [f'{k} {v:.4g}' for k, v in short.items()]
       return f'step {step}  evaluation: ' + '  '.join(shown)
     left = (time.monotonic() - self._began) / max(step - self._start, 1)
     left = int(left * (self._steps - step))
@@ -94,10 +95,12 @@ class RunLog:
       parts.append(f'accuracy {line["train/accuracy"]:.3f}')
     if 'train/tokens_per_second' in line:
       parts.append(f'{line["train/tokens_per_second"]:,.0f} trained tokens/s')
-    if 'data/fill' in line:
-      parts.append(f'fill {line["data/fill"]:.3f}')
+    if 'data/fill/stream' in line:
+      parts.append(f'fill {line["data/fill/stream"]:.3f}')
     if line.get('train/skipped'):
       parts.append(f'skipped {line["train/skipped"]:.0f}')
+    if bad := sum(v for k, v in line.items() if k.startswith('data/bad/')):
+      parts.append(f'bad documents {bad:.0f}')
     parts.append(f'ETA {left // 60}:{left % 60:02d}')
     return '  '.join(parts[1:] if self._terminal else parts)
 

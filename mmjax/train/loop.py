@@ -6,15 +6,13 @@
 
 The position in the data is the step, the random numbers are a function of the
 step, so the same command after a kill goes on from the last checkpoint and ends
-with the same bits. SIGTERM or Ctrl-C finishes the step, saves and returns
-'stopped' (exit code 0: nothing went wrong); a second Ctrl-C kills.
+with the same bits. A signal to stop finishes the step and saves: `train.signals`.
 """
 
 import contextlib
 import logging
 import os
 import pathlib
-import signal
 import time
 from typing import Any
 
@@ -28,6 +26,7 @@ from mmjax.train import build as build_lib
 from mmjax.train import config as config_lib
 from mmjax.train import log as log_lib
 from mmjax.train.checkpoint import Checkpoints
+from mmjax.train.signals import Signalled, Signals
 from mmjax.train.step import compile_step, make_step
 from mmjax.train.window import Window
 
@@ -70,6 +69,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> str:
       prepare(config.data.source, config.data.path, tokenizer=config.data.tokenizer)
     _barrier('prepared')
     dataset = Dataset(config.data.path, config.data.split)
+    _refuse_other_data(config, dataset.meta)
     parts = build_lib.build(config, dataset.tokenizer.vocab_size)
     _refuse_uneven(config, parts)
     evaluators = build_evaluators(
@@ -104,7 +104,7 @@ class _Run:
     self.log = log_lib.RunLog(
       workdir, self.start, config.train.steps, jax.process_index() == 0
     )
-    self.signals = _Signals()
+    self.signals = Signals()
 
   def _restore_or_init(self):
     parts = self.parts
@@ -115,6 +115,7 @@ class _Run:
     count = sum(x.size for x in jax.tree.leaves(params))
     _log.info('%s: %s parameters', self.config.model.name, f'{count:,}')
     _log.info('%s', sharding.table(params, places))
+    _log.info('%s', self.pipeline.summary())
     sharding.refuse_replicated(params, places, self.config.sharding.max_replicated)
     found = self.checkpoints.restore(parts.abstract, self._accept)
     if found is None:
@@ -169,9 +170,12 @@ class _Run:
     began = time.monotonic()
     step_fn = compile_step(step_fn, self.parts.abstract, shapes)
     _log.info('compiled the step in %.1f s', time.monotonic() - began)
-    loaded = iter(
-      self.pipeline.iterate(self.start, jax.process_index(), jax.process_count())
-    )
+    loaded = self.pipeline.iterate(self.start, jax.process_index(), jax.process_count())
+    with contextlib.closing(loaded):
+      return self._loop(step_fn, loaded)
+
+  def _loop(self, step_fn, loaded) -> str:
+    config, steps = self.config, self.config.train.steps
     self.window.restart_clock()
     batch, stats = self._draw(loaded)
     pending = None
@@ -268,7 +272,7 @@ class _Run:
         for name, evaluator in self.evaluators.items():
           if last or (evaluator.every and done % evaluator.every == 0):
             results[name] = evaluator.run(params, done, full=last)
-    except _Signalled:
+    except Signalled:
       return False
     if jax.process_index() == 0:
       report.write(self.workdir, done, results)
@@ -279,55 +283,6 @@ class _Run:
       curves.write(self.workdir, self.workdir.name)
     self.window.restart_clock()
     return True
-
-
-class _Signalled(BaseException):
-  """SIGTERM or SIGINT, where no state is at risk."""
-
-
-class _Signals:
-  """While active, the first SIGTERM or SIGINT only asks; a second SIGINT kills."""
-
-  def __init__(self):
-    self.asked, self._raise, self._old = False, False, {}
-
-  def __enter__(self):
-    for number in (signal.SIGTERM, signal.SIGINT):
-      with contextlib.suppress(ValueError):  # not in the main thread
-        self._old[number] = signal.signal(number, self._handle)
-    return self
-
-  def __exit__(self, *_):
-    for number, handler in self._old.items():
-      signal.signal(number, handler)
-
-  def _handle(self, number, frame):
-    del frame
-    _log.info('%s: finishing the step and saving', signal.Signals(number).name)
-    self.asked = True
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if self._raise:
-      raise _Signalled
-
-  @contextlib.contextmanager
-  def raising(self):
-    if self.asked:
-      raise _Signalled
-    self._raise = True
-    try:
-      yield
-    finally:
-      self._raise = False
-
-  def agreed(self, done: int, every: int) -> bool:
-    """Whether to stop; with several processes, all of them at the same step."""
-    if jax.process_count() == 1:
-      return self.asked
-    if done % every:
-      return False
-    from jax.experimental import multihost_utils
-
-    return bool(np.any(multihost_utils.process_allgather(np.array(self.asked))))
 
 
 def _keep_config(config: ConfigDict, workdir: pathlib.Path, first: bool) -> None:
@@ -342,6 +297,15 @@ def _keep_config(config: ConfigDict, workdir: pathlib.Path, first: bool) -> None
     fresh.write_text(config_lib.to_json(config))
     os.replace(fresh, path)
   _barrier('config')
+
+
+def _refuse_other_data(config: ConfigDict, meta: dict[str, Any]) -> None:
+  for key in ('source', 'tokenizer'):
+    if meta.get(key) not in (None, config.data[key]):
+      raise ValueError(
+        f'{config.data.path} was prepared with {key} {meta[key]!r}, the config says'
+        f' {config.data[key]!r}; choose another config.data.path'
+      )
 
 
 def _refuse_uneven(config: ConfigDict, parts: Any) -> None:

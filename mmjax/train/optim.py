@@ -205,7 +205,17 @@ def build(
   if multipliers:
     parts.append(_scale_by(live(factors)))
   parts.append(optax.scale_by_learning_rate(rate))
-  return Optimizer(optax.chain(*parts), rate, trained, decayed, ema)
+  return Optimizer(_lenient(optax.chain(*parts)), rate, trained, decayed, ema)
+
+
+def _lenient(tx):
+  """Optax mixes dtypes of scalars, which a caller's strict promotion would refuse."""
+
+  def update(updates, state, params=None):
+    with jax.numpy_dtype_promotion('standard'):
+      return tx.update(updates, state, params)
+
+  return optax.GradientTransformation(tx.init, update)
 
 
 def paths(tree: Any) -> list[str]:

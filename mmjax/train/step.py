@@ -86,7 +86,7 @@ def make_step(
     share = jnp.where(count > 0, 1 / jnp.maximum(count, 1e-30), 0.0)
     grads = jax.tree.map(lambda g: g * share.astype(g.dtype), grads)
     metrics = {k: v * share for k, v in sums.items() if k != 'weight'}
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
 
     updates, opt_state = optimizer.tx.update(grads, state.opt_state, trained)
     updated = optax.apply_updates(trained, updates)

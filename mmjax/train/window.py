@@ -25,7 +25,7 @@ class Window:
     self._tokens = collections.Counter()  # sums weighted by trained tokens
     self._plain = collections.Counter()  # sums over good steps
     self._stats = collections.Counter()  # sums over all steps
-    self._last = {}
+    self._last, self._epoch = {}, 0.0
 
   def restart_clock(self) -> None:
     """Leaves out what was before (compiling, evaluating) of the speed."""
@@ -37,6 +37,7 @@ class Window:
     for name, value in stats.items():
       self._stats[name] += float(value)
     self._last = {k: metrics[k] for k in _LAST if k in metrics}
+    self._epoch = stats.get('epoch', 0.0)
     if metrics['skipped']:
       self._skipped += 1
       return
@@ -60,7 +61,11 @@ class Window:
     seconds = time.monotonic() - self._began
     if self._timed and seconds > 0:
       line['train/tokens_per_second'] = self._timed / seconds
-    line |= {f'data/{k}': v / max(self._steps, 1) for k, v in self._stats.items()}
+    for name, value in self._stats.items():
+      total = name.startswith('bad/')  # a count; the others are means over steps
+      line[f'data/{name}'] = value if total else value / max(self._steps, 1)
+    if 'data/epoch' in line:
+      line['data/epoch'] = self._epoch
     self._reset()
     self.restart_clock()
     return line
