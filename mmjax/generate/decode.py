@@ -44,14 +44,19 @@ def make_generate(
     i32[B, max_new]: end_id from the end on. Rows without a document are all end_id.
 
   Raises:
-    ValueError: max_new < 1.
+    ValueError: max_new < 1; in the call: no key for a sampler other than Greedy.
   """
   if max_new < 1:
     raise ValueError(f'generate: max_new must be at least 1, got {max_new}')
 
   @jax.jit
   def generate(params, batch: PackedBatch, rng=None):
-    rng = jax.random.key(0) if rng is None else rng
+    if rng is None:
+      if not isinstance(sampler, Greedy):
+        raise ValueError(
+          f'generate: a sampler that draws needs rng, got none for {sampler}'
+        )
+      rng = jax.random.key(0)
     # Layers one by one: a scan would copy each layer's kernels at every token.
     plain, flat = model.unscanned(params)
     apply = functools.partial(plain.apply, {'params': flat})

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmjax.batch import Item, PackedBatch
+from mmjax.batch import PLACEHOLDER, Item, PackedBatch
 from mmjax.nn.cache import Cache, empty_cache, write
 from mmjax.nn.embed import StreamEmbed
 from mmjax.nn.transformer import Config, Transformer, kernel_init, unstack
@@ -68,6 +68,20 @@ class Unified(nn.Module):
   dtype: Any = 'float32'
   param_dtype: Any = 'float32'
 
+  def __post_init__(self):
+    super().__post_init__()
+    if self.vocab_size < 1:
+      raise ValueError(f'vocab_size must be at least 1, got {self.vocab_size}')
+    for kind, _ in self.media:
+      if kind not in PLACEHOLDER:
+        raise ValueError(f'unknown media kind {kind!r}; kinds are {sorted(PLACEHOLDER)}')
+    self.config()
+
+  def config(self) -> Config:
+    """The Transformer's part of the fields."""
+    names = (f.name for f in dataclasses.fields(Config))
+    return Config(**{n: getattr(self, n) for n in names})
+
   def setup(self):
     self.embed = StreamEmbed(
       self.vocab_size,
@@ -78,8 +92,7 @@ class Unified(nn.Module):
       self.dtype,
       self.param_dtype,
     )
-    names = (f.name for f in dataclasses.fields(Config))
-    self.transformer = Transformer(Config(**{n: getattr(self, n) for n in names}))
+    self.transformer = Transformer(self.config())
     self.drop = nn.Dropout(self.dropout)
     if not self.tie_embeddings:
       shape, axes = (self.embed_dim, self.vocab_size), ('embed', 'vocab')

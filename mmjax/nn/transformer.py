@@ -14,6 +14,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from mmjax.batch import KeyTags, QueryTags
 from mmjax.nn.cache import KV, write
@@ -67,6 +68,9 @@ class Config:
       value = getattr(self, field)
       if value not in choices:
         raise ValueError(f'{field}={value!r} is none of {", ".join(sorted(choices))}')
+    for field in ('dtype', 'param_dtype'):
+      if not _is_float(getattr(self, field)):
+        raise ValueError(f'{field}={getattr(self, field)!r} is no floating type')
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
         f'num_heads={self.num_heads} does not divide over'
@@ -77,6 +81,13 @@ class Config:
   def out_scale(self) -> float:
     """Variance scale of the kernels that write to the residual stream."""
     return 1 / (2 * self.num_layers)
+
+
+def _is_float(dtype) -> bool:
+  try:
+    return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+  except TypeError:
+    return False
 
 
 def kernel_init(scale: float = 1.0, num_in: int = 1) -> nn.initializers.Initializer:

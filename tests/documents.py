@@ -1,0 +1,70 @@
+"""Small random documents and the plainest packer there is, to test models with.
+
+A document is a list of spans: ('text', ids, trained) or ('image', values[r, c, C]).
+"""
+
+import numpy as np
+
+from mmjax.batch import PLACEHOLDER, BankBudget, Budget
+
+
+def random_document(rng, spans, vocab=40, channels=6, max_text=5):
+  """A document of random spans, e.g. spans='tit': text, image, text."""
+  document = []
+  for letter in spans:
+    if letter == 't':
+      ids = rng.integers(1, vocab, rng.integers(1, max_text + 1))
+      document.append(('text', ids, bool(rng.integers(2))))
+    else:
+      grid = rng.integers(1, 4, 2)
+      document.append(('image', rng.integers(0, 256, (*grid, channels))))
+  return document
+
+
+def length(document):
+  return sum(len(s[1]) if s[0] == 'text' else s[1][..., 0].size for s in document)
+
+
+def patches(document):
+  return sum(s[1][..., 0].size for s in document if s[0] == 'image')
+
+
+def pack(rows, stream=None, targets=None, slack=0, channels=6):
+  """A batch of NumPy arrays; rows: lists of documents. Padding is filled with noise-free
+  zeros of `Budget.empty`; slack adds padding to stream and bank."""
+  T = stream or max(sum(map(length, row)) for row in rows) + slack
+  P = max(1, max(sum(map(patches, row)) for row in rows) + slack)
+  I = max(1, max(sum(s[0] == 'image' for d in row for s in d) for row in rows))
+  budget = Budget(T, targets or T, {'image': BankBudget(P, I, channels)})
+  batch = budget.empty(len(rows))
+  for b, row in enumerate(rows):
+    t = p = i = 0
+    for segment, document in enumerate(row, 1):
+      order = position = 0
+      for kind, values, *trained in document:
+        n = len(values) if kind == 'text' else values[..., 0].size
+        here, s = (b, slice(t, t + n)), batch.stream
+        s.segment_ids[here] = segment
+        if kind == 'text':
+          s.tokens[here] = values
+          s.order[here] = s.last[here] = order + np.arange(n)
+          s.positions[here] = position + np.arange(n)[:, None]
+          s.weights[here] = float(trained[0])
+          order, position = order + n, position + n
+        else:
+          r, c, C = values.shape
+          bank, there = batch.bank['image'], (b, slice(p, p + n))
+          s.tokens[here] = PLACEHOLDER['image']
+          s.order[here] = s.last[here] = order
+          grid = np.stack(np.meshgrid([0], range(r), range(c), indexing='ij'), -1)
+          s.positions[here] = position + grid.reshape(-1, 3)
+          s.source[here] = p + np.arange(n)
+          bank.values[there] = values.reshape(n, C)
+          bank.items[there] = i + 1
+          bank.positions[there] = grid.reshape(-1, 3)
+          bank.item_segments[b, i], bank.item_order[b, i] = segment, order
+          order, position, p, i = order + 1, position + max(r, c), p + n, i + 1
+        t += n
+      if document and document[0][0] == 'text':
+        batch.stream.weights[b, t - length(document)] = 0
+  return batch

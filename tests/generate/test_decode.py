@@ -1,0 +1,198 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from documents import length, pack, random_document
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmjax import models
+from mmjax.batch import PackedBatch
+from mmjax.generate import Greedy, Sample, generate, make_generate
+
+MODEL = models.build(
+  'unified', vocab_size=40, embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=2,
+  head_dim=8, mlp_dim=24, media=[['image', 6]],
+)  # fmt: skip
+NEVER = -7  # an end_id that no logits can give
+
+
+@functools.cache
+def params(seed=0):
+  batch = pack([[[('text', [1, 2], True)]]])
+  made = jax.jit(MODEL.init)(jax.random.key(seed), batch)['params']
+  return jax.tree.map(lambda x: 2 * x, made)  # far from uniform
+
+
+@jax.jit
+def full_logits(params, batch):
+  hidden = MODEL.apply({'params': params}, batch)
+  return MODEL.apply({'params': params}, hidden, method='logits')
+
+
+def widen(batch, stream, patches=48, items=8):
+  """The batch with more padding, so that every example has one shape."""
+  bank = batch.bank['image']
+
+  def pad(x, n, fill=0):
+    width = [(0, 0), (0, n - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
+    return np.pad(x, width, constant_values=fill)
+
+  def field(name, x):
+    fill = {'last': -1, 'source': -1}.get(name, 0)
+    return pad(x, stream, fill)
+
+  stream = type(batch.stream)(**{k: field(k, v) for k, v in vars(batch.stream).items()})
+  sizes = {'item_segments': items, 'item_order': items}
+  bank = {k: pad(v, sizes.get(k, patches)) for k, v in vars(bank).items()}
+  return PackedBatch(stream, {'image': type(batch.bank['image'])(**bank)})
+
+
+@functools.cache
+def extend(scan):
+  model = MODEL if scan else MODEL.unscanned(params())[0]
+  weights = params() if scan else MODEL.unscanned(params())[1]
+
+  @jax.jit
+  def step(batch, cache, slot):
+    hidden, cache = model.apply({'params': weights}, batch, cache, slot, method='extend')
+    return model.apply({'params': weights}, hidden, method='logits'), cache
+
+  return model, step
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+  seed=st.integers(0, 10_000),
+  spans=st.text('ti', min_size=1, max_size=5),
+  scan=st.booleans(),
+)
+def test_cached_logits_equal_the_full_forward(seed, spans, scan):
+  """Feeds random interleavings span by span, padded to one width, at growing slots."""
+  rng = np.random.default_rng(seed)
+  rows = [[random_document(rng, spans)] for _ in range(2)]
+  batch = widen(pack(rows), 48)
+  want = full_logits(params(), batch)
+  model, step = extend(scan)
+  width, cache = 12, model.empty_cache(2, 12 * 6)
+  places = np.zeros(2, int)
+  for i in range(len(spans)):
+    piece = widen(pack([[[('text', [], False)]]] * 2, stream=1), width)
+    sizes = [length([row[0][i]]) for row in rows]
+    for b, n in enumerate(sizes):
+      here = slice(places[b], places[b] + n)
+      for name, x in vars(piece.stream).items():
+        x[b, :n] = getattr(batch.stream, name)[b, here]
+    piece = PackedBatch(piece.stream, batch.bank)
+    got, cache = step(piece, cache, jnp.int32(i * width))
+    for b, n in enumerate(sizes):
+      here = slice(places[b], places[b] + n)
+      np.testing.assert_allclose(got[b, :n], want[b, here], rtol=0, atol=1e-5)
+    places += sizes
+
+
+def slowly(rows, max_new):
+  """Greedy tokens by running the whole document again for every token."""
+  rows = [[[*d]] for [d] in rows]
+  out = np.zeros((len(rows), max_new), int)
+  for i in range(max_new):
+    logits = full_logits(params(), widen(pack(rows), 40))
+    for b, [d] in enumerate(rows):
+      out[b, i] = np.argmax(logits[b, length(d) - 1])
+      d.append(('text', [out[b, i]], False))
+  return out
+
+
+def prompts(seed=0):
+  """Ragged prompts; one ends in an image."""
+  rng = np.random.default_rng(seed)
+  return [[random_document(rng, spans)] for spans in ('tit', 't', 'titi')]
+
+
+@functools.cache
+def decoder(end_id, max_new=6):
+  return make_generate(MODEL, max_new, end_id)
+
+
+def test_greedy_equals_argmax_of_repeated_forwards():
+  rows = prompts()
+  got = decoder(NEVER)(params(), widen(pack(rows), 30))
+  assert (got.shape, got.dtype) == ((3, 6), jnp.int32)
+  want = slowly(rows, 6)
+  np.testing.assert_array_equal(got, want)
+  assert len(np.unique(want)) > 3  # not one token for ever
+
+
+def test_padding_and_neighbours_change_no_token():
+  rows = prompts()
+  together = decoder(NEVER)(params(), widen(pack(rows), 30))
+  wide = decoder(NEVER)(params(), widen(pack(rows[::-1]), 37))
+  np.testing.assert_array_equal(together, wide[::-1])
+
+
+def test_rows_stop_at_the_end_token_each_on_its_own():
+  rows = prompts()
+  batch = widen(pack(rows), 30)
+  free = np.asarray(decoder(NEVER)(params(), batch))
+  end = int(free[0, 2])
+  got = decoder(end)(params(), batch)
+  for b in range(3):
+    stop = np.flatnonzero(free[b] == end)
+    n = stop[0] if len(stop) else 6
+    np.testing.assert_array_equal(got[b, :n], free[b, :n])
+    np.testing.assert_array_equal(got[b, n:], end)
+  assert (np.asarray(got) != end).any()
+
+
+def test_the_loop_ends_when_all_rows_have():
+  rows = prompts()
+  batch = widen(pack(rows), 30)
+  steps = []
+
+  def sampler(logits, rng):  # says 5, which ends, at once
+    jax.debug.callback(lambda: steps.append(1))
+    return jnp.full(len(logits), 5, jnp.int32)
+
+  got = make_generate(MODEL, 6, 5, sampler)(params(), batch, jax.random.key(0))
+  jax.effects_barrier()
+  np.testing.assert_array_equal(got, 5)
+  assert len(steps) == 1
+
+
+def test_an_empty_row_is_all_end():
+  batch = widen(pack(prompts()), 30)
+  stream = jax.tree.map(np.copy, batch.stream)
+  stream.segment_ids[1], stream.last[1] = 0, -1
+  got = decoder(3)(params(), PackedBatch(stream, batch.bank))
+  np.testing.assert_array_equal(got[1], 3)
+
+
+def test_compiles_once_for_all_contents_and_parameters():
+  f = make_generate(MODEL, 2, NEVER)
+  for seed in range(2):
+    f(params(), widen(pack(prompts(seed)), 48))
+  assert f._cache_size() == 1
+
+
+def test_sampling_needs_and_follows_its_key():
+  batch = widen(pack(prompts()), 30)
+  run = functools.partial(
+    generate, MODEL, params(), batch, max_new=6, end_id=NEVER, sampler=Sample(2.0)
+  )
+  a, b, c = (np.asarray(run(rng=jax.random.key(s))) for s in (0, 0, 1))
+  np.testing.assert_array_equal(a, b)
+  assert (a != c).any()
+  likeliest = generate(
+    MODEL, params(), batch, max_new=6, end_id=NEVER, sampler=Sample(1.0, top_k=1)
+    , rng=jax.random.key(0)
+  )  # fmt: skip
+  np.testing.assert_array_equal(likeliest, decoder(NEVER)(params(), batch))
+  with pytest.raises(ValueError, match='a sampler that draws needs rng'):
+    run()
+
+
+def test_refuses_to_write_nothing():
+  with pytest.raises(ValueError, match='max_new must be at least 1, got 0'):
+    make_generate(MODEL, 0, 1, Greedy())

@@ -1,0 +1,243 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from documents import length, pack, random_document
+from flax import nnx
+
+from mmjax import models, sharding
+from mmjax.batch import PLACEHOLDER, BankBudget, Budget, Item
+from mmjax.ops.losses import next_token_loss
+
+FIELDS = dict(
+  vocab_size=40, embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+  mlp_dim=24, media=[['image', 6]], qk_norm=True,
+)  # fmt: skip
+MODEL = models.build('unified', **FIELDS)
+
+
+@functools.cache
+def params():
+  """Parameters larger than at init, so that attention is far from uniform."""
+  batch = Budget(4, 2, {'image': BankBudget(2, 1, 6)}).empty(1)
+  made = jax.jit(MODEL.init)(jax.random.key(0), batch)['params']
+  return jax.tree.map(lambda x: 1.5 * x, made)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'targets', 'z_loss'))
+def loss_and_grads(params, batch, model=MODEL, targets=24, z_loss=0.01):
+  def loss(params):
+    hidden = model.apply({'params': params}, batch)
+    logits = lambda h: model.apply({'params': params}, h, method='logits')
+    return next_token_loss(hidden, logits, batch.stream, targets, z_loss=z_loss)[:2]
+
+  value, pull = jax.vjp(loss, params)
+  return value, pull((jnp.ones(()), jnp.zeros(())))[0]
+
+
+@jax.jit
+def logits(params, batch):
+  hidden = MODEL.apply({'params': params}, batch)
+  return MODEL.apply({'params': params}, hidden, method='logits')
+
+
+def assert_close(got, want, rtol):
+  """Equal relative to the largest entry of each leaf."""
+  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(g, w, rtol=0, atol=rtol * np.abs(w).max())
+
+
+def copy(batch):
+  return jax.tree.map(np.copy, batch)
+
+
+def documents(seed=0):
+  rng = np.random.default_rng(seed)
+  made = [random_document(rng, spans) for spans in ('tit', 'ititt', 'tt')]
+  return [[*d, ('text', rng.integers(1, 40, 3), True)] for d in made]
+
+
+def test_other_documents_change_no_bit():
+  """Changing document A leaves B's logits, loss and gradients bit-equal."""
+  a, b, _ = documents()
+  before = pack([[a, b]], slack=2)
+  of_a = before.stream.segment_ids == 1
+  before.stream.weights[of_a] = 0
+  after = copy(before)
+  s = after.stream
+  words = of_a & (s.tokens > 0)
+  s.tokens[words] = (s.tokens[words] + 7) % 40
+  s.positions[of_a] += 3
+  image = after.bank['image']
+  mine = image.item_segments[0, np.maximum(image.items[0] - 1, 0)] == 1
+  image.values[0, mine & (image.items[0] > 0)] //= 2
+  x, y = logits(params(), before), logits(params(), after)
+  of_b = before.stream.segment_ids == 2
+  np.testing.assert_array_equal(x[of_b], y[of_b])
+  assert np.abs(x - y)[of_a].max() > 1e-2
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    loss_and_grads(params(), before),
+    loss_and_grads(params(), after),
+  )
+
+
+def test_packed_equals_unpacked():
+  a, b, c = documents()
+  packed = loss_and_grads(params(), pack([[a, b, c]]))
+  apart = loss_and_grads(params(), pack([[a], [b], [c]]))
+  assert float(packed[0][1]) >= 9  # three closing spans of three tokens are trained
+  assert_close(packed, apart, 1e-6)
+
+
+def test_padding_changes_no_number():
+  rows = [documents()[:2]]
+  few, many = pack(rows), pack(rows, slack=9)
+  n = few.stream.tokens.shape[1]
+  wild = copy(many)
+  wild.stream.tokens[:, n:] = 17
+  wild.stream.positions[:, n:] = 5
+  wild.stream.weights[:, n:] = 1
+  wild.bank['image'].values[wild.bank['image'].items == 0] = 255
+  want = loss_and_grads(params(), few)
+  assert_close(loss_and_grads(params(), many), want, 1e-6)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    loss_and_grads(params(), wild),
+    loss_and_grads(params(), many),
+  )
+  np.testing.assert_array_equal(
+    logits(params(), wild)[:, :n], logits(params(), many)[:, :n]
+  )
+
+
+def test_images_see_both_ways_and_text_only_back():
+  rng = np.random.default_rng(1)
+  image = ('image', rng.integers(0, 255, (2, 3, 6)))
+  before, after = ('text', rng.integers(1, 40, 3), True), ('text', np.arange(1, 5), True)
+  batch = pack([[[before, image, after]]])  # slots: 3 text, 6 patches, 4 text
+  plain = np.asarray(logits(params(), batch))[0]
+
+  def changed(edit):
+    other = copy(batch)
+    edit(other)
+    return np.any(np.asarray(logits(params(), other))[0] != plain, -1)
+
+  def patch(i):
+    def edit(batch):
+      batch.bank['image'].values[0, i] ^= 255
+
+    return changed(edit)
+
+  def word(t):
+    def edit(batch):
+      batch.stream.tokens[0, t] = (batch.stream.tokens[0, t] + 1) % 40
+
+    return changed(edit)
+
+  from_image = np.arange(13) >= 3
+  np.testing.assert_array_equal(patch(0), from_image)
+  np.testing.assert_array_equal(patch(5), from_image)  # the last patch tells the first
+  np.testing.assert_array_equal(word(1), np.arange(13) >= 1)
+  np.testing.assert_array_equal(word(10), np.arange(13) >= 10)
+
+
+def test_patch_order_is_heard():
+  rng = np.random.default_rng(1)
+  batch = pack([[[('image', rng.integers(0, 255, (2, 2, 6))), ('text', [3], True)]]])
+  other = copy(batch)
+  other.bank['image'].values[0, :4] = batch.bank['image'].values[0, [1, 0, 2, 3]]
+  got = [logits(params(), b)[0, 4] for b in (batch, other)]
+  assert np.abs(got[0] - got[1]).max() > 1e-3
+
+
+def test_reach_and_chunks_change_no_number():
+  rows = [documents()]
+  reach = max(map(length, rows[0])) - 1
+  batch = pack(rows, slack=5)
+  near = MODEL.clone(chunk=5, reach=reach)
+  want = loss_and_grads(params(), batch)
+  assert_close(loss_and_grads(params(), batch, near), want, 1e-5)
+
+
+@pytest.mark.parametrize('preset', ['dp', 'fsdp+tensor'])
+def test_eight_devices_equal_one(preset):
+  rows = [documents(seed) for seed in range(8)]
+  batch = pack(rows)
+  model = MODEL.clone(tie_embeddings=False, modality_embedding=True)
+  init = functools.partial(model.init, jax.random.key(0))
+  weights = jax.jit(init)(batch)['params']
+  want = loss_and_grads(weights, batch, model)
+  sizes = {'data': 8} if preset == 'dp' else {'fsdp': 4, 'tensor': 2}
+  mesh, rules = sharding.make_mesh(sizes), sharding.RULES[preset]
+  names = sharding.axis_names(init, batch)['params']
+  with sharding.use(mesh, rules):
+    where = sharding.shardings(names, weights, mesh, rules)
+    weights = jax.device_put(weights, where)
+    batch = jax.device_put(batch, sharding.batch_shardings(batch, mesh, rules))
+    # A new jit: the one above may hold the program without constraints.
+    f = jax.jit(lambda p, b: loss_and_grads.__wrapped__(p, b, model))
+    got = f(weights, batch)
+    assert 'sharding_constraint' in f.lower(weights, batch).as_text()
+  assert_close(got, want, 1e-5)
+  if preset != 'dp':
+    up = got[1]['transformer']['layers']['mlp']['up']
+    assert up.sharding.shard_shape(up.shape) == (2, 4, 12)
+
+
+def test_contents_never_recompile():
+  traces = []
+
+  @jax.jit
+  def f(params, batch):
+    traces.append(1)
+    return MODEL.apply({'params': params}, batch)
+
+  shape = dict(stream=64, slack=0)
+  for seed in range(2):
+    batch = pack([documents(seed)], **shape)
+    bank = batch.bank['image']
+    n = 40 - bank.values.shape[1]
+    pad = lambda x, n=n: np.pad(x, [(0, 0), (0, n)] + [(0, 0)] * (x.ndim - 2))
+    values = dict(
+      values=pad(bank.values), items=pad(bank.items), positions=pad(bank.positions)
+    )
+    bank = type(bank)(**values, item_segments=bank.item_segments[:, :1] * 0,
+                      item_order=bank.item_order[:, :1] * 0)  # fmt: skip
+    f(params(), type(batch)(batch.stream, {'image': bank}))
+  f(params(), type(batch)(jax.tree.map(np.zeros_like, batch.stream), {'image': bank}))
+  assert len(traces) == 1
+
+
+def test_llama_8b_has_its_published_size():
+  """Llama 3.1 8B (2407.21783, table 3): 8.03 billion parameters."""
+  model = models.build(
+    'unified', vocab_size=128_256, embed_dim=4096, num_layers=32, num_heads=32,
+    num_kv_heads=8, head_dim=128, mlp_dim=14_336, tie_embeddings=False,
+    dtype='bfloat16', media=(),
+  )  # fmt: skip
+  batch = Budget(64, 8).empty(1)
+  made = jax.eval_shape(model.init, jax.random.key(0), batch)['params']
+  assert sum(x.size for x in jax.tree.leaves(made)) == 8_030_261_248
+  hidden = jax.eval_shape(model.apply, {'params': made}, batch)
+  assert (hidden.shape, hidden.dtype) == ((1, 64, 4096), jnp.bfloat16)
+  f = functools.partial(model.apply, method='logits')
+  out = jax.eval_shape(f, {'params': made}, hidden)
+  assert (out.shape, out.dtype) == ((1, 64, 128_256), jnp.float32)
+
+
+def test_slots_are_the_items_grid():
+  assert MODEL.slots(Item('image', (1, 3, 4))) == (1, 3, 4)
+
+
+def test_bridges_to_nnx():
+  batch = pack([documents()])
+  bridged = nnx.bridge.lazy_init(nnx.bridge.ToNNX(MODEL, rngs=nnx.Rngs(0)), batch)
+  state = nnx.to_pure_dict(nnx.state(bridged, nnx.Param))
+  assert_close(bridged(batch), MODEL.apply({'params': state}, batch), 1e-6)
+
+
+def test_placeholders_are_in_no_vocabulary():
+  assert max(PLACEHOLDER.values()) < 0

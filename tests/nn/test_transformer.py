@@ -1,0 +1,204 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from mmjax import sharding
+from mmjax.batch import KeyTags, QueryTags
+from mmjax.nn import transformer
+from mmjax.nn.cache import empty_cache
+from mmjax.nn.transformer import (
+  Attention,
+  Block,
+  Config,
+  Mlp,
+  RMSNorm,
+  Transformer,
+  unstack,
+)
+from mmjax.ops.positions import rotary_angles
+
+CONFIG = Config(
+  embed_dim=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24,
+  qk_norm=True,
+)  # fmt: skip
+
+
+def example(B=2, T=6, D=16):
+  x = jax.random.normal(jax.random.key(1), (B, T, D))
+  order = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+  ones = jnp.ones_like(order)
+  positions = jnp.broadcast_to(order[..., None], (B, T, 3))
+  return x, positions, QueryTags(ones, 0 * order, order), KeyTags(ones, order)
+
+
+def value_and_grads(config, params, args):
+  def loss(params, x):
+    return jnp.sum(
+      jnp.sin(Transformer(config).apply({'params': params}, x, *args[1:])[0])
+    )
+
+  return jax.jit(jax.value_and_grad(loss, (0, 1)))(params, args[0])
+
+
+@pytest.fixture(scope='module')
+def scanned():
+  args = example()
+  init = jax.jit(Transformer(CONFIG).init)
+  params = init(jax.random.key(0), *args)['params']
+  return params, args, value_and_grads(CONFIG, params, args)
+
+
+def assert_close(got, want, rtol=1e-5):
+  """Equal relative to the largest entry of each leaf."""
+  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(g, w, rtol=0, atol=rtol * np.abs(w).max())
+
+
+def test_scan_equals_layers_one_by_one(scanned):
+  params, args, (value, (grads, dx)) = scanned
+  config = dataclasses.replace(CONFIG, scan=False)
+  flat = unstack(params, CONFIG.num_layers)
+  got, (got_grads, got_dx) = value_and_grads(config, flat, args)
+  assert_close((got, got_grads, got_dx), (value, unstack(grads, 3), dx))
+  made = jax.eval_shape(Transformer(config).init, jax.random.key(0), *args)['params']
+  assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, flat)
+
+
+@pytest.mark.parametrize('remat', sorted(set(transformer.REMAT) - {'none'}))
+def test_remat_changes_no_number(scanned, remat):
+  params, args, want = scanned
+  config = dataclasses.replace(CONFIG, remat=remat)
+  assert_close(value_and_grads(config, params, args), want, 2e-6)
+
+
+def test_full_remat_keeps_less():
+  config = dataclasses.replace(CONFIG, mlp_dim=512, num_layers=8)
+  args = example(T=64)
+  params = jax.eval_shape(Transformer(config).init, jax.random.key(0), *args)['params']
+
+  def held(remat):
+    model = Transformer(dataclasses.replace(config, remat=remat))
+    loss = lambda p: jnp.sum(model.apply({'params': p}, *args)[0])
+    compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  none, dots, full = (held(r) for r in ('none', 'dots', 'full'))
+  assert full < dots < none
+
+
+def test_every_axis_of_every_parameter_is_named(scanned):
+  _, args, _ = scanned
+  names = sharding.axis_names(Transformer(CONFIG).init, jax.random.key(0), *args)
+  leaves = jax.tree.leaves(names, is_leaf=lambda x: isinstance(x, P))
+  assert all(isinstance(n, P) and None not in n for n in leaves) and len(leaves) == 12
+  assert names['params']['layers']['mlp']['up'] == P('layers', 'embed', 'mlp')
+
+
+def test_dropout_is_only_in_training(scanned):
+  params, args, _ = scanned
+  model = Transformer(dataclasses.replace(CONFIG, dropout=0.5))
+  run = jax.jit(
+    lambda key, train: model.apply(
+      {'params': params}, *args, train=train, rngs={'dropout': key}
+    )[0],
+    static_argnums=1,
+  )
+  a, b = jax.random.key(1), jax.random.key(2)
+  plain, _ = Transformer(CONFIG).apply({'params': params}, *args)
+  np.testing.assert_allclose(run(a, False), plain, atol=1e-5)
+  assert np.abs(run(a, True) - plain).max() > 0.1
+  assert np.abs(run(a, True) - run(b, True)).max() > 0.1
+
+
+def test_layers_differ_and_the_stream_keeps_its_scale():
+  config = dataclasses.replace(CONFIG, num_layers=24, qk_norm=False)
+  x, positions, *tags = args = example(T=32)
+  params = jax.jit(Transformer(config).init)(jax.random.key(0), *args)['params']
+  query = params['layers']['attention']['query']
+  assert np.abs(query[0] - query[1]).max() > 0.01
+  layer, angles = jax.jit(Block(config).apply), rotary_angles(positions, 4)
+  stream = x
+  for i in range(24):
+    weights = jax.tree.map(lambda p, i=i: p[i], params['layers'])
+    stream, _ = layer({'params': weights}, stream, None, angles, *tags, None)
+  assert 0.7 < float(jnp.std(stream)) / float(jnp.std(x)) < 1.5
+
+
+def test_compute_in_bfloat16_keeps_parameters_in_float32(scanned):
+  params, args, _ = scanned
+  config = dataclasses.replace(CONFIG, dtype='bfloat16')
+  x = args[0].astype(jnp.bfloat16)
+  made = jax.eval_shape(Transformer(config).init, jax.random.key(0), x, *args[1:])
+  assert {p.dtype for p in jax.tree.leaves(made)} == {jnp.dtype('float32')}
+  hidden, _ = jax.jit(Transformer(config).apply)({'params': params}, x, *args[1:])
+  assert hidden.dtype == jnp.bfloat16
+  want, _ = Transformer(CONFIG).apply({'params': params}, *args)
+  assert np.abs(hidden.astype(jnp.float32) - want).max() < 0.1
+
+
+@pytest.mark.parametrize('scan', [True, False])
+def test_cache_fed_in_two_parts_equals_all_at_once(scanned, scan):
+  params, args, _ = scanned
+  config = dataclasses.replace(CONFIG, scan=scan)
+  params = params if scan else unstack(params, 3)
+  want, none = Transformer(config).apply({'params': params}, *args)
+  assert none is None
+  layers = empty_cache(2, 8, 3, 2, 4, 'float32', scan).layers
+  x, positions, queries, keys = args
+  pad = jax.tree.map(lambda k: jnp.pad(k, ((0, 0), (0, 2))), keys)
+  got = []
+  for part in (slice(0, 4), slice(4, 6)):
+    cut = jax.tree.map(lambda y, part=part: y[:, part], (x, positions, queries))
+    out, layers = Transformer(config).apply(
+      {'params': params}, *cut, pad, layers, part.start
+    )
+    got.append(out)
+  np.testing.assert_allclose(jnp.concatenate(got, 1), want, atol=1e-5)
+
+
+def _modules():
+  x, positions, queries, keys = example()
+  angles = rotary_angles(positions, 4)
+  return {
+    'norm': (RMSNorm(), (x,)),
+    'mlp': (Mlp(CONFIG), (x,)),
+    'attention': (Attention(CONFIG), (x, angles, queries, keys)),
+    'transformer': (Transformer(CONFIG), (x, positions, queries, keys)),
+  }
+
+
+@pytest.mark.parametrize('name', ['norm', 'mlp', 'attention', 'transformer'])
+def test_bridges_to_nnx(name):
+  module, args = _modules()[name]
+  bridged = nnx.bridge.lazy_init(nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0)), *args)
+  params = nnx.to_pure_dict(nnx.state(bridged, nnx.Param))
+  want = module.apply({'params': params}, *args)
+  assert_close(bridged(*args), want, 1e-6)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (dict(remat='ful'), "remat='ful' is none of all_dots, dots, full, none"),
+    (dict(activation='relu'), "activation='relu' is none of gelu"),
+    (dict(num_kv_heads=3), 'num_heads=4 does not divide over num_kv_heads=3'),
+  ],
+)
+def test_config_refuses(change, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(CONFIG, **change)
+
+
+@pytest.mark.parametrize('activation', sorted(transformer.ACTIVATIONS))
+def test_mlp_is_the_gated_product(activation):
+  x = example()[0]
+  module = Mlp(dataclasses.replace(CONFIG, activation=activation))
+  variables = module.init(jax.random.key(0), x)
+  w = variables['params']
+  want = (transformer.ACTIVATIONS[activation](x @ w['gate']) * (x @ w['up'])) @ w['down']
+  np.testing.assert_allclose(module.apply(variables, x), want, atol=1e-5)

@@ -1,0 +1,59 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax import sharding
+from mmjax.ops.linear import linear
+
+
+def example(num_in):
+  rng = np.random.default_rng(0)
+  inner = (5, 6)[-num_in:]
+  shapes = (2, 4, *inner), (*inner, 3, 2)
+  return [rng.normal(size=s).astype(np.float32) for s in shapes]
+
+
+@pytest.mark.parametrize('num_in', [1, 2])
+def test_equals_tensordot_with_its_gradients(num_in):
+  x, kernel = example(num_in)
+  f = lambda x, w: jnp.sum(jnp.sin(linear(x, w, num_in)))
+  g = lambda x, w: jnp.sum(jnp.sin(jnp.tensordot(x, w, num_in)))
+  got, want = (jax.jit(jax.value_and_grad(h, (0, 1)))(x, kernel) for h in (f, g))
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+    np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6)
+
+
+def test_kernel_gradient_contracts_one_dimension():
+  x, kernel = example(1)
+  text = jax.jit(jax.grad(lambda w: jnp.sum(linear(x, w) ** 2))).lower(kernel).as_text()
+  assert 'contracting_dims = [0, 1]' not in text
+  assert 'contracting_dims = [0] x [0]' in text
+
+
+def test_a_split_stream_is_not_flattened():
+  x, kernel = example(1)
+  want = linear(x, kernel)
+  mesh = sharding.make_mesh({'data': 2, 'context': 4})
+  with sharding.use(mesh, sharding.RULES['dp']):
+
+    @jax.jit
+    def f(x, w):
+      return sharding.constrain(linear(x, w), 'batch', 'seq', None, None)
+
+    np.testing.assert_allclose(f(x, kernel), want, atol=1e-6)
+    text = f.lower(x, kernel).compile().as_text()
+  assert 'all-gather' not in text and 'all-to-all' not in text
+
+
+def test_dtypes():
+  x, kernel = example(1)
+  x = jnp.asarray(x, jnp.bfloat16)
+  assert linear(x, kernel).dtype == jnp.bfloat16
+  assert linear(x, kernel, dtype=jnp.float32).dtype == jnp.float32
+
+
+def test_refuses():
+  x, kernel = example(1)
+  with pytest.raises(ValueError, match=r'x ends in \(6,\), the kernel takes \(3,\)'):
+    linear(x, kernel[0])

@@ -1,0 +1,71 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax.ops.positions import rotary_angles, rotate
+
+
+def turn(x, positions, **kwargs):
+  return rotate(x, rotary_angles(jnp.asarray(positions), x.shape[-1], **kwargs))
+
+
+def numpy_rope(x, position, base):
+  """Plain 1-D RoPE, x[T, N, H], position[T]."""
+  half = x.shape[-1] // 2
+  angle = position[:, None, None] * base ** (-np.arange(half) / half)
+  z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
+  return np.concatenate([z.real, z.imag], -1)
+
+
+@pytest.mark.parametrize('sections', [None, (2, 3, 3), (0, 8, 0)])
+def test_text_is_plain_rope(sections):
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(2, 5, 3, 16)).astype(np.float32)
+  p = rng.integers(0, 50, (2, 5)).astype(np.int32)
+  got = turn(x, np.repeat(p[..., None], 3, -1), base=100.0, sections=sections)
+  for b in range(2):
+    np.testing.assert_allclose(got[b], numpy_rope(x[b], p[b], 100.0), atol=2e-5)
+
+
+@pytest.mark.parametrize('sections', [None, (2, 3, 3)])
+def test_products_depend_on_differences_along_each_axis(sections):
+  rng = np.random.default_rng(0)
+  q, k = rng.normal(size=(2, 1, 1, 1, 16)).astype(np.float32)
+  p = rng.integers(0, 9, (2, 1, 1, 3)).astype(np.int32)
+
+  def product(shift_q, shift_k):
+    a = turn(q, p[0] + np.int32(shift_q), sections=sections)
+    return float(jnp.sum(a * turn(k, p[1] + np.int32(shift_k), sections=sections)))
+
+  same = product([0, 0, 0], [0, 0, 0])
+  for axis in np.eye(3, dtype=np.int32):
+    np.testing.assert_allclose(product(7 * axis, 7 * axis), same, atol=1e-5)
+    assert abs(product(7 * axis, 0 * axis) - same) > 1e-3
+
+
+def test_axes_take_turns_or_stand_in_sections():
+  p = np.array([[[1, 0, 0], [0, 1, 0], [0, 0, 1]]], np.int32)
+  _, sin = rotary_angles(jnp.asarray(p), 16)
+  np.testing.assert_array_equal(np.argmax(sin[0], 0), [0, 1, 2, 0, 1, 2, 0, 1])
+  _, sin = rotary_angles(jnp.asarray(p), 16, sections=(2, 3, 3))
+  np.testing.assert_array_equal(np.argmax(sin[0], 0), [0, 0, 1, 1, 1, 2, 2, 2])
+
+
+def test_keeps_dtype_and_length():
+  x = np.random.default_rng(0).normal(size=(1, 4, 2, 8)).astype(np.float32)
+  p = np.arange(12, dtype=np.int32).reshape(1, 4, 3)
+  got = turn(x, p)
+  np.testing.assert_allclose(
+    np.linalg.norm(got, axis=-1), np.linalg.norm(x, axis=-1), 1e-5
+  )
+  assert turn(jnp.asarray(x, jnp.bfloat16), p).dtype == jnp.bfloat16
+
+
+def test_refuses():
+  p = jnp.zeros((1, 2, 3), jnp.int32)
+  with pytest.raises(ValueError, match='head_dim must be even, got 7'):
+    rotary_angles(p, 7)
+  with pytest.raises(ValueError, match=r'sections \(1, 2, 3\).*= 4'):
+    rotary_angles(p, 8, sections=(1, 2, 3))
+  with pytest.raises(ValueError, match='axis 3 is 3 and 2'):
+    rotary_angles(p[..., :2], 8)
