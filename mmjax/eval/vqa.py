@@ -1,20 +1,12 @@
-"""Visual question answering: each question alone after its images, answered greedily.
-
-From a test document of several turns, every trained text (an answer) becomes a
-prompt of its own, so no gold answer of another turn is ever in sight:
-
-  document   <image> question 1, answer 1, question 2, answer 2
-  prompts    <image> question 1       and       <image> question 2
-
-and each prompt is asked three times:
+"""Visual question answering: each question alone, greedily, and twice more blind.
 
   own        with its own images
-  shuffled   with the images of another document (never its own)
+  shuffled   with the images of another document
   blank      with mid-grey images of the same sizes
 
-A model that answers from the words alone scores the same on all three (Goyal et
-al., 1612.00837; "hypothesis-only" baselines, 1805.01042). Equal prompts are
-answered once: all documents that ask one question of a grey image share it.
+The answer is right if it is the reference, character by character. A model that
+answers from the words alone scores the same on all three (Goyal et al.,
+1612.00837; Thomason et al., 1811.00613).
 """
 
 import collections
@@ -31,12 +23,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mmjax import sharding
 from mmjax.batch import BankBudget, Budget
-from mmjax.data import example as examples
-from mmjax.data import media, pack
-from mmjax.data.document import BadDocument, Document, Image, Text, Video, kind_of
-from mmjax.eval import metrics
-
-_GREY = 128
+from mmjax.data import example, media, pack
+from mmjax.data.document import Image
+from mmjax.eval import metrics, prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,65 +47,6 @@ class Result:
   predictions: list[dict[str, Any]]
   published: Mapping[str, float] = dataclasses.field(default_factory=dict)
   pictures: Callable[[int], list[np.ndarray]] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-  """One question of a document: the media before it, its text and its answer."""
-
-  media: tuple
-  text: str
-  answer: str
-  turn: int
-  type: str
-
-
-def questions(document: Document) -> list[Question]:
-  """All questions of a document, one for each trained text.
-
-  The question is the untrained text right before the answer; an answer without
-  one (a caption) is asked with its media alone.
-  """
-  types = document.meta.get('types', ())
-  if isinstance(types, str):
-    types = types.split(',')
-  found, seen = [], []
-  for i, span in enumerate(document.spans):
-    if not isinstance(span, Text):
-      seen.append(span)
-    elif span.trained:
-      before = document.spans[i - 1] if i else None
-      asked = isinstance(before, Text) and not before.trained
-      turn = len(found)
-      kind = types[turn] if turn < len(types) else ''
-      text = before.text if asked else ''
-      found.append(Question(tuple(seen), text, span.text.strip(), turn, kind))
-  return found
-
-
-def derange(groups: Sequence[Any], seed: int = 0) -> list[int | None]:
-  """A partner for each entry: another one of the same group, each used once.
-
-  One random cycle through each group, so nobody is their own partner; None for
-  an entry that is alone in its group.
-  """
-  members = collections.defaultdict(list)
-  for i, group in enumerate(groups):
-    members[group].append(i)
-  partner: list[int | None] = [None] * len(groups)
-  for ids in members.values():
-    if len(ids) > 1:
-      cycle = np.random.default_rng(seed).permutation(ids).tolist()
-      for i, j in zip(cycle, cycle[1:] + cycle[:1]):
-        partner[i] = j
-  return partner
-
-
-def spread(count: int, limit: int | None) -> list[int]:
-  """`limit` indices out of `count`, evenly apart; all of them for None."""
-  if limit is None or limit >= count:
-    return list(range(count))
-  return [i * count // limit for i in range(limit)]
 
 
 @dataclasses.dataclass(eq=False)
@@ -178,21 +108,20 @@ class Vqa:
         f'evaluation at step {step}: no question in {len(self.dataset)} documents'
         f' (bad: {dict(bad) or "none"})'
       )
-    chosen = [asked[i] for i in spread(len(asked), None if full else self.limit)]
-    needed = sorted({p for _, prompts in chosen for p in prompts})
-    texts = dict(zip(needed, self._answer(params, [pool[p] for p in needed])))
-    records = []
-    for record, prompts in chosen:
-      own, shuffled, blank = (texts[p] for p in prompts)
-      records.append(
-        {
-          **record,
-          'prediction': own,
-          'prediction_shuffled': shuffled,
-          'prediction_blank': blank,
-          'correct': metrics.exact(own, record['answer']),
-        }
-      )
+    limit = None if full else self.limit
+    chosen = [asked[i] for i in prompts.spread(len(asked), limit)]
+    needed = sorted({place for q in chosen for place in (q.own, q.shuffled, q.blank)})
+    said = dict(zip(needed, self._answer(params, [pool[place] for place in needed])))
+    records = [
+      {
+        **q.record,
+        'prediction': said[q.own],
+        'prediction_shuffled': said[q.shuffled],
+        'prediction_blank': said[q.blank],
+        'correct': metrics.exact(said[q.own], q.record['answer']),
+      }
+      for q in chosen
+    ]
     found = summarise(records)
     found['vqa/seconds'] = time.perf_counter() - start
     if bad:
@@ -202,65 +131,19 @@ class Vqa:
   def pictures(self, index: int) -> list[np.ndarray]:
     """The images u8[H, W, 3] of a document, as stored."""
     spans = self.dataset[index].spans
-    return [_decoded(s).content for s in spans if isinstance(s, Image)]
+    return [media.pixels(s) for s in spans if isinstance(s, Image)]
 
   @functools.cached_property
   def _prepared(self):
-    """(questions as (record, three prompts)), the pool of prompts, bad documents)."""
-    pool: dict[Any, int] = {}  # key of a prompt -> its place in `built`
-    built: list[examples.Example] = []
-    shared: dict[Any, dict] = {}  # media arrays, one copy per set of media
-
-    def prompt(media_key, spans, text):
-      key = (media_key, text)
-      if key not in pool:
-        built.append(self._example(spans, text))
-        kept = shared.setdefault(media_key, built[-1].media)
-        built[-1] = dataclasses.replace(built[-1], media=kept)
-        pool[key] = len(built) - 1
-      return pool[key]
-
-    good, bad = [], collections.Counter()
-    for index in range(len(self.dataset)):
-      try:
-        document = self.dataset[index]
-        spans = tuple(_decoded(s) for s in document.spans)
-        found = questions(dataclasses.replace(document, spans=spans))
-        own = [prompt((index, len(q.media)), q.media, q.text) for q in found]
-        good.append((index, document, own))
-      except BadDocument as error:
-        bad[error.reason] += 1
-
-    asked = []
-    kinds = [frozenset(map(type, _media(d.spans))) for _, d, _ in good]
-    for (index, document, own), at, kind in zip(good, derange(kinds), kinds):
-      other, donor = good[at][:2] if at is not None and kind else (None, None)
-      spans = tuple(_decoded(s) for s in document.spans)
-      donated = [_decoded(s) for s in _media(donor.spans)] if donor else None
-      for q, first in zip(questions(dataclasses.replace(document, spans=spans)), own):
-        grey = tuple(_blank(s) for s in q.media)
-        blank = prompt(tuple(_size(s) for s in grey), grey, q.text)
-        swapped = _swapped(q.media, donated) if donated else grey
-        key = (index, len(q.media), 'shuffled')
-        shuffled = prompt(key, swapped, q.text) if donated else blank
-        record = dict(index=index, document=document.id or str(index), turn=q.turn)
-        record.update(type=q.type, question=q.text.strip(), answer=q.answer)
-        record['shuffled_from'] = other
-        asked.append((record, (first, shuffled, blank)))
-    return asked, built, bad
-
-  def _example(self, spans, text) -> examples.Example:
-    """A prompt: the example of an answer of no words, without its end token."""
-    answered = examples.to_example(
-      Document((*spans, Text(text, trained=False), Text('', trained=True))),
+    """(questions, pool of prompts, bad documents by reason), made once."""
+    to_example = functools.partial(
+      example.to_example,
       tokenizer=self.dataset.tokenizer,
       rules=self.media_rules,
       slots=self.model.slots,
       image_attention=self.image_attention,
     )
-    arrays = {f.name: getattr(answered, f.name) for f in dataclasses.fields(answered)}
-    cut = {k: v[:-1] for k, v in arrays.items() if k != 'media'}
-    return examples.Example(**cut, media=answered.media)
+    return prompts.collect(self.dataset, to_example)
 
   @functools.cached_property
   def _budget(self) -> Budget:
@@ -291,14 +174,14 @@ class Vqa:
     # Whole on every device, so that every process can read all answers.
     return jax.jit(answer, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
-  def _answer(self, params, prompts: Sequence[examples.Example]) -> list[str]:
+  def _answer(self, params, asked: Sequence[example.Example]) -> list[str]:
     """The answers to any number of prompts; the last batch ends in empty rows."""
     local = self.rows // jax.process_count()
     first = jax.process_index() * local
     running, tokens = collections.deque(), []
     with sharding.use(self.mesh, self.rules):
-      for start in range(0, len(prompts), self.rows):
-        rows = [[e] for e in prompts[start : start + self.rows]]
+      for start in range(0, len(asked), self.rows):
+        rows = [[e] for e in asked[start : start + self.rows]]
         rows += [[]] * (self.rows - len(rows))
         batch = pack.pack(rows[first : first + local], self._budget)
         batch = sharding.place_batch(batch, self.rows, self.mesh, self.rules)
@@ -307,7 +190,7 @@ class Vqa:
           tokens.append(np.asarray(running.popleft()))
     tokens = np.concatenate([*tokens, *map(np.asarray, running)])
     decode = functools.cache(self._decode)
-    return [decode(tuple(row)) for row in tokens[: len(prompts)].tolist()]
+    return [decode(tuple(row)) for row in tokens[: len(asked)].tolist()]
 
   def _decode(self, tokens: tuple[int, ...]) -> str:
     end_id = self.dataset.tokenizer.end_id
@@ -330,33 +213,3 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
   found.update({f'vqa/accuracy/{t}': a for t, (_, a) in by_type.items() if t})
   found['vqa/count'] = float(len(records))
   return found
-
-
-def _media(spans):
-  return [s for s in spans if not isinstance(s, Text)]
-
-
-def _decoded(span):
-  return Image(media.pixels(span)) if isinstance(span, Image) else span
-
-
-def _swapped(own: Sequence, donated: Sequence) -> tuple:
-  """The donated media in place of the own ones, kind by kind, around again if short."""
-  used, out = collections.Counter(), []
-  for span in own:
-    same = [s for s in donated if type(s) is type(span)]
-    out.append(same[used[type(span)] % len(same)])
-    used[type(span)] += 1
-  return tuple(out)
-
-
-def _blank(span):
-  if isinstance(span, Image):
-    return Image(np.full_like(span.content, _GREY))
-  if isinstance(span, Video):
-    return dataclasses.replace(span, frames=np.full_like(span.frames, _GREY))
-  return dataclasses.replace(span, wave=np.zeros_like(span.wave))  # silence
-
-
-def _size(span) -> tuple:
-  return (kind_of(span), *media.native_size(span))

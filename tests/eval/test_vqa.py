@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,8 @@ from mmjax.data.document import Audio, BadDocument, Document, Image, Text
 from mmjax.data.media import ImageRule
 from mmjax.data.tokenizer import ByteTokenizer
 from mmjax.eval import build_evaluators, report
-from mmjax.eval.vqa import Vqa, derange, questions, spread, summarise
+from mmjax.eval.prompts import questions
+from mmjax.eval.vqa import Vqa, summarise
 
 RULE = ImageRule(patch=4, resize='longest', size=16)
 
@@ -90,43 +90,6 @@ def _vqa(data, generate=looks, rows=8, devices=1, **fields):
   return Vqa(data, Model(), mesh, rules, rows=rows, generate=generate, **fields)
 
 
-def test_questions_stand_alone_and_no_gold_answer_is_in_sight():
-  one, two = Image(_png(0)), Image(_png(16))
-  document = Document(
-    (one, Text('q1', False), Text(' a1 ', True), two, Text('q2', False), Text('a2', True),
-     Text('a3', True)),
-    meta={'types': ['x', 'y']},
-  )  # fmt: skip
-  found = questions(document)
-  assert [(q.text, q.answer, q.turn, q.type) for q in found] == [
-    ('q1', 'a1', 0, 'x'),
-    ('q2', 'a2', 1, 'y'),
-    ('', 'a3', 2, ''),
-  ]
-  assert [q.media for q in found] == [(one,), (one, two), (one, two)]
-
-
-def test_prompts_are_the_training_examples_up_to_the_answer():
-  # Not a slot less or more than what training shows before the answer of a turn.
-  data = _data(1)
-  vqa = _vqa(data)
-  image, question, answer = data[0].spans
-  (prompt,) = [e for e in vqa._prepared[1] if e.media['image'].values.max() == 0]
-  from mmjax.data.example import to_example
-
-  whole = to_example(
-    Document((image, question, answer)),
-    tokenizer=data.tokenizer,
-    rules={'image': RULE},
-    slots=Model().slots,
-  )
-  n = len(whole) - len(' a') - 1  # without the answer and its end token
-  for field in ('tokens', 'order', 'first', 'last', 'positions', 'source'):
-    np.testing.assert_array_equal(getattr(prompt, field), getattr(whole, field)[:n])
-  assert len(prompt) == n
-  assert not prompt.weights.any()
-
-
 @pytest.mark.parametrize('rows, devices', [(1, 1), (7, 1), (8, 8), (16, 4), (64, 8)])
 def test_counts_are_exact_at_the_ragged_end(rows, devices):
   data = _data()
@@ -165,45 +128,6 @@ def test_one_compilation_whatever_is_asked():
   assert vqa.run({}).metrics['vqa/count'] == 3
   assert vqa.run({}, full=True).metrics['vqa/count'] == 31
   assert vqa._step._cache_size() == 1
-
-
-@pytest.mark.parametrize('n', [2, 3, 10, 1000])
-def test_derangement_is_one_and_the_same_each_time(n):
-  partners = derange(['image'] * n)
-  assert sorted(partners) == list(range(n))
-  assert all(i != p for i, p in enumerate(partners))
-  assert partners == derange(['image'] * n)
-  assert n < 10 or partners != derange(['image'] * n, seed=1)
-
-
-def test_derangement_stays_inside_groups():
-  groups = ['a', 'b', 'a', 'c', 'b', 'a']
-  partners = derange(groups)
-  assert partners[3] is None
-  rest = [i for i in range(6) if i != 3]
-  assert all(groups[partners[i]] == groups[i] and partners[i] != i for i in rest)
-  assert sorted(partners[i] for i in rest) == rest
-
-
-@pytest.mark.parametrize('count, limit', [(10, 3), (10, 10), (10, 99), (9673, 1000)])
-def test_limit_spreads_over_the_data(count, limit):
-  chosen = spread(count, limit)
-  assert len(chosen) == len(set(chosen)) == min(count, limit)
-  gaps = np.diff([*chosen, count])
-  assert gaps.max() - gaps.min() <= 1
-  assert spread(count, None) == list(range(count))
-
-
-def test_equal_prompts_are_answered_once_and_counted_each():
-  data = _data(12, sizes=((16, 16),))
-  _, pool, _ = _vqa(data)._prepared
-  total = sum(1 + i % 4 for i in range(12))
-  assert len(pool) == 2 * total + 4  # four questions of a grey image
-  records = _vqa(data).run({}).predictions
-  assert Counter(r['prediction_blank'] for r in records) == {_letter(128): total}
-  # All questions of one document share one copy of its patches.
-  copies = {id(e.media['image']) for e in pool}
-  assert len(copies) == 12 + 12 + 1
 
 
 @pytest.mark.parametrize('generate, uses', [(looks, True), (guesses, False)])
@@ -253,24 +177,6 @@ def test_a_lone_image_is_shuffled_with_a_blank_one_and_text_stays_text():
   assert alone['shuffled_from'] is words['shuffled_from'] is None
   assert alone['prediction_shuffled'] == alone['prediction_blank'] == _letter(128)
   assert words['prediction'] == words['prediction_shuffled'] == words['prediction_blank']
-
-
-def test_swapped_media_go_around_when_the_other_document_has_fewer():
-  def spans(*shades):
-    return [Image(_png(s)) for s in shades]
-
-  ask = [Text('last? ', False), Text('a', True)]
-  data = Data([Document((*spans(16, 32, 48), *ask)), Document((*spans(64, 80), *ask))])
-  asked, pool, _ = _vqa(data)._prepared
-  shades = [
-    [pool[p].media['image'].values[16 * i, 0] for i in range(len(pool[p]) // 16)]
-    for _, prompts in asked
-    for p in prompts
-  ]
-  assert shades == [
-    [16, 32, 48], [64, 80, 64], [128, 128, 128],
-    [64, 80], [16, 32], [128, 128],
-  ]  # fmt: skip
 
 
 def test_pictures_are_those_of_the_data():
