@@ -1,6 +1,7 @@
 """Preparing datasets: sources, counts, reuse, and the command line."""
 
 import collections
+import concurrent.futures
 import dataclasses
 import io
 import json
@@ -208,6 +209,13 @@ def test_what_is_there_is_reused_if_made_the_same_way(folder, monkeypatch):
   assert run(folder, tokenizer='bpe:300') == first
   (folder / 'd.jsonl').write_bytes(content + b'\n')
   refuses('fingerprint=', source, folder / 'out', tokenizer='bpe:300')
+
+
+def test_two_at_once_prepare_it_once(folder):
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    one, other = [pool.submit(run, folder) for _ in range(2)]
+  assert one.result() == other.result()
+  assert sorted(p.name for p in folder.iterdir()) == ['d.jsonl', 'images', 'out']
 
 
 def test_other_things_at_the_place_are_left_alone(folder):

@@ -117,9 +117,11 @@ def test_a_second_writer_waits_for_the_first(tmp_path):
   started, result = threading.Event(), []
 
   def second():
+    writer = Writer(tmp_path / 'd', ByteTokenizer())
     started.set()
     try:
-      write(tmp_path / 'd')
+      with writer:
+        result.append('entered')
     except InUse as error:
       result.append(str(error))
 
@@ -143,6 +145,17 @@ def test_what_is_there_is_never_written_over(tmp_path):
   (copy.parent / 'file').write_text('')
   with pytest.raises(InUse, match='is there already'):
     Writer(copy.parent / 'file', ByteTokenizer())
+
+
+def test_what_came_into_being_meanwhile_is_kept(tmp_path):
+  with (
+    pytest.raises(InUse, match='is there already'),
+    Writer(tmp_path / 'd', ByteTokenizer()) as writer,
+  ):
+    writer.add('train', document(1))
+    (tmp_path / 'd').mkdir()
+    (tmp_path / 'd' / 'thesis.txt').write_text('')
+  assert [p.name for p in tmp_path.rglob('*')] == ['d', 'thesis.txt']
 
 
 def test_an_empty_directory_may_be_filled(tmp_path):
