@@ -29,14 +29,9 @@ def patches(document):
   return sum(s[1][..., 0].size for s in document if s[0] == 'image')
 
 
-def pack(rows, stream=None, targets=None, slack=0, channels=6):
-  """A batch of NumPy arrays; rows: lists of documents. Padding is filled with noise-free
-  zeros of `Budget.empty`; slack adds padding to stream and bank."""
-  T = stream or max(sum(map(length, row)) for row in rows) + slack
-  P = max(1, max(sum(map(patches, row)) for row in rows) + slack)
-  I = max(1, max(sum(s[0] == 'image' for d in row for s in d) for row in rows))
-  budget = Budget(T, targets or T, {'image': BankBudget(P, I, channels)})
-  batch = budget.empty(len(rows))
+def pack(rows, T=48, P=48, I=8, channels=6):
+  """A batch of NumPy arrays from rows (lists) of documents; one shape for all tests."""
+  batch = Budget(T, T, {'image': BankBudget(P, I, channels)}).empty(len(rows))
   for b, row in enumerate(rows):
     t = p = i = 0
     for segment, document in enumerate(row, 1):

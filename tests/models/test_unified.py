@@ -30,7 +30,10 @@ def params():
 def loss_and_grads(params, batch, model=MODEL, targets=24, z_loss=0.01):
   def loss(params):
     hidden = model.apply({'params': params}, batch)
-    logits = lambda h: model.apply({'params': params}, h, method='logits')
+
+    def logits(h):
+      return model.apply({'params': params}, h, method='logits')
+
     return next_token_loss(hidden, logits, batch.stream, targets, z_loss=z_loss)[:2]
 
   value, pull = jax.vjp(loss, params)
@@ -44,9 +47,10 @@ def logits(params, batch):
 
 
 def assert_close(got, want, rtol):
-  """Equal relative to the largest entry of each leaf."""
+  """|got - want| <= rtol |want| in the Euclidean norm of each leaf."""
   for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-    np.testing.assert_allclose(g, w, rtol=0, atol=rtol * np.abs(w).max())
+    error = np.linalg.norm(np.ravel(g - w)) / np.linalg.norm(np.ravel(w))
+    assert error <= rtol, f'{error:.2e} for shape {np.shape(w)}'
 
 
 def copy(batch):
@@ -62,7 +66,7 @@ def documents(seed=0):
 def test_other_documents_change_no_bit():
   """Changing document A leaves B's logits, loss and gradients bit-equal."""
   a, b, _ = documents()
-  before = pack([[a, b]], slack=2)
+  before = pack([[a, b], [], []])
   of_a = before.stream.segment_ids == 1
   before.stream.weights[of_a] = 0
   after = copy(before)
@@ -86,20 +90,21 @@ def test_other_documents_change_no_bit():
 
 def test_packed_equals_unpacked():
   a, b, c = documents()
-  packed = loss_and_grads(params(), pack([[a, b, c]]))
+  packed = loss_and_grads(params(), pack([[a, b, c], [], []]))
   apart = loss_and_grads(params(), pack([[a], [b], [c]]))
   assert float(packed[0][1]) >= 9  # three closing spans of three tokens are trained
   assert_close(packed, apart, 1e-6)
 
 
 def test_padding_changes_no_number():
-  rows = [documents()[:2]]
-  few, many = pack(rows), pack(rows, slack=9)
-  n = few.stream.tokens.shape[1]
+  rows = [documents()[:2], documents(1)[:2], []]
+  n = max(sum(map(length, row)) for row in rows)
+  few, many = pack(rows, T=n, P=30), pack(rows)
   wild = copy(many)
-  wild.stream.tokens[:, n:] = 17
-  wild.stream.positions[:, n:] = 5
-  wild.stream.weights[:, n:] = 1
+  padding = wild.stream.segment_ids == 0
+  wild.stream.tokens[padding] = 17
+  wild.stream.positions[padding] = 5
+  wild.stream.weights[padding] = 1
   wild.bank['image'].values[wild.bank['image'].items == 0] = 255
   want = loss_and_grads(params(), few)
   assert_close(loss_and_grads(params(), many), want, 1e-6)
@@ -108,22 +113,19 @@ def test_padding_changes_no_number():
     loss_and_grads(params(), wild),
     loss_and_grads(params(), many),
   )
-  np.testing.assert_array_equal(
-    logits(params(), wild)[:, :n], logits(params(), many)[:, :n]
-  )
 
 
 def test_images_see_both_ways_and_text_only_back():
   rng = np.random.default_rng(1)
   image = ('image', rng.integers(0, 255, (2, 3, 6)))
   before, after = ('text', rng.integers(1, 40, 3), True), ('text', np.arange(1, 5), True)
-  batch = pack([[[before, image, after]]])  # slots: 3 text, 6 patches, 4 text
-  plain = np.asarray(logits(params(), batch))[0]
+  batch = pack([[[before, image, after]], [], []])  # slots: 3 text, 6 patches, 4 text
+  plain = np.asarray(logits(params(), batch))[0, :13]
 
   def changed(edit):
     other = copy(batch)
     edit(other)
-    return np.any(np.asarray(logits(params(), other))[0] != plain, -1)
+    return np.any(np.asarray(logits(params(), other))[0, :13] != plain, -1)
 
   def patch(i):
     def edit(batch):
@@ -146,7 +148,8 @@ def test_images_see_both_ways_and_text_only_back():
 
 def test_patch_order_is_heard():
   rng = np.random.default_rng(1)
-  batch = pack([[[('image', rng.integers(0, 255, (2, 2, 6))), ('text', [3], True)]]])
+  image = ('image', rng.integers(0, 255, (2, 2, 6)))
+  batch = pack([[[image, ('text', [3], True)]], [], []])
   other = copy(batch)
   other.bank['image'].values[0, :4] = batch.bank['image'].values[0, [1, 0, 2, 3]]
   got = [logits(params(), b)[0, 4] for b in (batch, other)]
@@ -154,9 +157,9 @@ def test_patch_order_is_heard():
 
 
 def test_reach_and_chunks_change_no_number():
-  rows = [documents()]
-  reach = max(map(length, rows[0])) - 1
-  batch = pack(rows, slack=5)
+  rows = [documents(), documents(1), []]
+  reach = max(length(d) for row in rows for d in row) - 1
+  batch = pack(rows)
   near = MODEL.clone(chunk=5, reach=reach)
   want = loss_and_grads(params(), batch)
   assert_close(loss_and_grads(params(), batch, near), want, 1e-5)
@@ -165,7 +168,7 @@ def test_reach_and_chunks_change_no_number():
 @pytest.mark.parametrize('preset', ['dp', 'fsdp+tensor'])
 def test_eight_devices_equal_one(preset):
   rows = [documents(seed) for seed in range(8)]
-  batch = pack(rows)
+  batch = pack(rows, T=72, P=64)
   model = MODEL.clone(tie_embeddings=False, modality_embedding=True)
   init = functools.partial(model.init, jax.random.key(0))
   weights = jax.jit(init)(batch)['params']
@@ -183,7 +186,7 @@ def test_eight_devices_equal_one(preset):
     assert 'sharding_constraint' in f.lower(weights, batch).as_text()
   assert_close(got, want, 1e-5)
   if preset != 'dp':
-    up = got[1]['transformer']['layers']['mlp']['up']
+    up = weights['transformer']['layers']['mlp']['up']
     assert up.sharding.shard_shape(up.shape) == (2, 4, 12)
 
 
@@ -195,19 +198,8 @@ def test_contents_never_recompile():
     traces.append(1)
     return MODEL.apply({'params': params}, batch)
 
-  shape = dict(stream=64, slack=0)
-  for seed in range(2):
-    batch = pack([documents(seed)], **shape)
-    bank = batch.bank['image']
-    n = 40 - bank.values.shape[1]
-    pad = lambda x, n=n: np.pad(x, [(0, 0), (0, n)] + [(0, 0)] * (x.ndim - 2))
-    values = dict(
-      values=pad(bank.values), items=pad(bank.items), positions=pad(bank.positions)
-    )
-    bank = type(bank)(**values, item_segments=bank.item_segments[:, :1] * 0,
-                      item_order=bank.item_order[:, :1] * 0)  # fmt: skip
-    f(params(), type(batch)(batch.stream, {'image': bank}))
-  f(params(), type(batch)(jax.tree.map(np.zeros_like, batch.stream), {'image': bank}))
+  for rows in ([documents(0)], [documents(1)], [[]]):
+    f(params(), pack(rows))
   assert len(traces) == 1
 
 

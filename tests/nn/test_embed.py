@@ -13,7 +13,7 @@ MEDIA = (('image', 6),)
 
 def example(**fields):
   rng = np.random.default_rng(0)
-  batch = pack([[random_document(rng, 'tit'), random_document(rng, 'it')]] * 2, slack=3)
+  batch = pack([[random_document(rng, 'tit'), random_document(rng, 'it')]] * 2)
   module = StreamEmbed(40, 8, MEDIA, **fields)
   return module, module.init(jax.random.key(0), batch), batch
 

@@ -83,7 +83,10 @@ def test_full_remat_keeps_less():
 
   def held(remat):
     model = Transformer(dataclasses.replace(config, remat=remat))
-    loss = lambda p: jnp.sum(model.apply({'params': p}, *args)[0])
+
+    def loss(p):
+      return jnp.sum(model.apply({'params': p}, *args)[0])
+
     compiled = jax.jit(jax.grad(loss)).lower(params).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 

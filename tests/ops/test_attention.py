@@ -129,7 +129,9 @@ def test_reach_changes_nothing_where_the_promise_holds(T):
   q, k, v, *tags = packed(0, T, longest=9)
 
   def run(**kwargs):
-    f = lambda q, k, v: jnp.sum(jnp.sin(attend(q, k, v, *tags, **kwargs)))
+    def f(q, k, v):
+      return jnp.sum(jnp.sin(attend(q, k, v, *tags, **kwargs)))
+
     return jax.jit(jax.value_and_grad(f, (0, 1, 2)))(q, k, v)
 
   want = run(chunk=100)
@@ -147,7 +149,10 @@ def test_reach_really_hides_far_keys():
 def test_no_array_of_queries_times_keys_is_held(reach):
   T, N, H, chunk = 4096, 2, 4, 64
   q, k, v, *tags = packed(0, T, 100, B=1, N=N, K=N, H=H)
-  f = lambda q, k, v: jnp.sum(attend(q, k, v, *tags, chunk=chunk, reach=reach))
+
+  def f(q, k, v):
+    return jnp.sum(attend(q, k, v, *tags, chunk=chunk, reach=reach))
+
   both = jax.jit(jax.value_and_grad(f, (0, 1, 2)))
   bound = N * chunk * (T if reach is None else chunk + 2 * reach)
   assert _largest(jax.make_jaxpr(both)(q, k, v).jaxpr) <= max(bound, T * N * H)
@@ -158,7 +163,10 @@ def test_no_array_of_queries_times_keys_is_held(reach):
 
 def test_gqa_does_not_repeat_keys():
   q, k, v, *tags = packed(0, 64, 9, B=1, N=8, K=1, H=16)
-  f = lambda q, k, v: jnp.sum(attend(q, k, v, *tags, chunk=4))
+
+  def f(q, k, v):
+    return jnp.sum(attend(q, k, v, *tags, chunk=4))
+
   text = str(jax.make_jaxpr(f)(q, k, v))
   assert 'f32[1,64,8,16]' in text  # the queries are there
   assert 'f32[1,64,1,8,16]' not in text  # the keys are not repeated

@@ -17,8 +17,13 @@ def example(num_in):
 @pytest.mark.parametrize('num_in', [1, 2])
 def test_equals_tensordot_with_its_gradients(num_in):
   x, kernel = example(num_in)
-  f = lambda x, w: jnp.sum(jnp.sin(linear(x, w, num_in)))
-  g = lambda x, w: jnp.sum(jnp.sin(jnp.tensordot(x, w, num_in)))
+
+  def f(x, w):
+    return jnp.sum(jnp.sin(linear(x, w, num_in)))
+
+  def g(x, w):
+    return jnp.sum(jnp.sin(jnp.tensordot(x, w, num_in)))
+
   got, want = (jax.jit(jax.value_and_grad(h, (0, 1)))(x, kernel) for h in (f, g))
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
     np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6)

@@ -48,7 +48,9 @@ def full(hidden, table, stream, z_loss):
 
 @functools.partial(jax.jit, static_argnames=('num_targets', 'z_loss', 'chunk'))
 def loss_of(hidden, table, stream, num_targets, **kwargs):
-  head = lambda h: jnp.einsum('...d,dv->...v', h, table)
+  def head(h):
+    return jnp.einsum('...d,dv->...v', h, table)
+
   return next_token_loss(hidden, head, stream, num_targets, **kwargs)
 
 
@@ -104,7 +106,10 @@ def test_too_few_places_are_counted_not_hidden():
 def test_nothing_trained_is_zero_with_finite_gradient():
   hidden, table, stream = example(0)
   stream = jax.tree.map(np.zeros_like, stream)
-  f = lambda h: loss_of(h, table, stream, 4)[:2]
+
+  def f(h):
+    return loss_of(h, table, stream, 4)[:2]
+
   (loss, weight), pull = jax.vjp(f, hidden)
   assert loss == weight == 0
   np.testing.assert_array_equal(pull((jnp.float32(1), jnp.float32(0)))[0], 0)
@@ -114,7 +119,10 @@ def test_logits_never_exist_at_all_slots():
   B, T, vocab = 2, 64, 1000
   hidden, _, stream = example(0, B, T)
   table = np.ones((D, vocab), np.float32)
-  f = lambda h, w: loss_of(h, w, stream, 16, chunk=4)[0]
+
+  def f(h, w):
+    return loss_of(h, w, stream, 16, chunk=4)[0]
+
   compiled = jax.jit(jax.grad(f, (0, 1))).lower(hidden, table).compile()
   # Two or three arrays of chunk logits and the gradient of the table.
   bound = 4 * (4 * B * 4 * vocab + 4 * D * vocab)
