@@ -26,7 +26,7 @@ def main(argv):
 
   if len(argv) > 1:
     sys.exit(config_lib.refuse(ValueError(f'unknown argument {argv[1]!r}')))
-  if flags.FLAGS['verbosity'].using_default_value:
+  if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # mmjax has its own log
   workdir = _WORKDIR.value or pathlib.Path('runs') / config_lib.spec_name(sys.argv)
   try:

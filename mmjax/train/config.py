@@ -124,14 +124,14 @@ def resolve(given: ConfigDict, model: str | None = None) -> ConfigDict:
 
 def _merge(into: ConfigDict, given: Any, prefix: str) -> None:
   for key in given:
-    path, value = prefix + key, given.get_ref(key).get()
+    path, value = prefix + key, given[key]
     section = path.rpartition('.')[0]
     if key not in into:
       if not any(section == p or section.startswith(p + '.') for p in _OPEN):
         raise ValueError(f'unknown config key {path!r}{near_key(path, defaults())}')
       into[key] = OPTIONAL(object) if value is None else value
       continue
-    old = into.get_ref(key).get()
+    old = into[key]
     if isinstance(old, ConfigDict):
       if not isinstance(value, ConfigDict):
         raise ValueError(f'config.{path} = {value!r}: must be a section')
@@ -227,7 +227,7 @@ def _known(path: str, config: ConfigDict) -> None:
   for word in path.split('.'):
     if not isinstance(node, ConfigDict) or word not in node:
       raise ValueError(f'unknown config key {path!r}{near_key(path, config)}')
-    node = node.get_ref(word).get()
+    node = node[word]
 
 
 def _type(path, config):
@@ -280,7 +280,7 @@ def _models():
 def _flat(config: ConfigDict, prefix: str = '') -> dict[str, Any]:
   out = {}
   for key in config:
-    value = config.get_ref(key).get()
+    value = config[key]
     if isinstance(value, ConfigDict):
       out |= _flat(value, f'{prefix}{key}.')
     else:
