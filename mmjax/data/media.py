@@ -189,15 +189,14 @@ class ImageRule:
     if self.resize == 'fixed':
       return (1, self.size // self.patch, self.size // self.patch)
     scale = 1.0 if self.resize == 'native' else self.size / max(height, width)
-    rows = _at_least_one(height * scale / self.patch + 0.5)
-    cols = _at_least_one(width * scale / self.patch + 0.5)
+    rows = max(1, int(height * scale / self.patch + 0.5))
+    cols = max(1, int(width * scale / self.patch + 0.5))
     limit = self.max_patches
     if limit is not None and rows * cols > limit:
-      # Shrink the area to the limit and round down; a side of one patch can't
-      # shrink, so the other takes all of the limit at most.
-      scale = math.sqrt(limit / (height * width))
-      rows = min(_at_least_one(height * scale), limit)
-      cols = min(_at_least_one(width * scale), limit // rows)
+      # Sides of area `limit` and this aspect ratio, rounded down; a side of one
+      # patch can't shrink, so the other takes all of the limit at most.
+      rows = min(max(1, math.isqrt(limit * height // width)), rows, limit)
+      cols = min(max(1, math.isqrt(limit * width // height)), cols, limit // rows)
     return (1, rows, cols)
 
   def patches(self, image: np.ndarray) -> np.ndarray:
@@ -209,7 +208,3 @@ class ImageRule:
       resized = PIL.Image.fromarray(image).resize(size, PIL.Image.Resampling.BICUBIC)
       image = np.asarray(resized)
     return patchify(image, self.patch)
-
-
-def _at_least_one(x: float) -> int:
-  return max(1, int(x))

@@ -207,18 +207,21 @@ def test_grid_foretells_the_patches(rule, height, width):
   assert patches.dtype == np.uint8
 
 
-@given(sides, sides, st.integers(1, 9), st.integers(4, 60))
+@settings(max_examples=1000)
+@given(
+  st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 32), st.integers(1, 400)
+)
 def test_native_keeps_size_and_aspect(height, width, patch, limit):
-  rule = ImageRule(patch, 'native', max_patches=limit)
-  _, rows, cols = rule.grid(height, width)
-  exact = height / patch, width / patch
-  whole = [max(1, round(side + 1e-9)) for side in exact]
-  if whole[0] * whole[1] <= limit:
-    assert abs(rows - max(exact[0], 1)) <= 0.5 and abs(cols - max(exact[1], 1)) <= 0.5
-  else:
-    scale = min(1.0, (limit / (exact[0] * exact[1])) ** 0.5)
-    for got, side in ((rows, exact[0] * scale), (cols, exact[1] * scale)):
-      assert got == 1 or side - 1 - 1e-9 <= got <= max(side, 1) + 1e-9 or got == limit
+  _, rows, cols = ImageRule(patch, 'native', max_patches=limit).grid(height, width)
+  # Sides in whole patches, halves rounded up.
+  nearest = [max(1, (2 * side + patch) // (2 * patch)) for side in (height, width)]
+  if nearest[0] * nearest[1] <= limit:
+    assert [rows, cols] == nearest
+    return
+  assert rows <= nearest[0] and cols <= nearest[1]  # never scaled up
+  assert rows * cols <= limit < (rows + 1) * (cols + 1)  # the budget is used
+  if min(rows, cols) > 1:
+    assert rows / (cols + 1) <= height / width <= (rows + 1) / cols
 
 
 def test_native_of_whole_patches_is_the_image_itself():
