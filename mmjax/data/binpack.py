@@ -109,6 +109,21 @@ def pack(vectors: np.ndarray, counts: np.ndarray, room: np.ndarray):
 
 def _fill_row(columns, left, room, main) -> list[int]:
   """The types of one row; `columns`, i64[K, U], decrease in resource `main`."""
+  row = _close(columns, left, room, main)
+  # What needs nothing of `main` may still fit.
+  room, left = room - columns[:, row].sum(axis=1), left.copy()
+  np.subtract.at(left, row, 1)
+  while True:
+    fits = np.flatnonzero((columns <= room[:, None]).all(axis=0) & (left > 0))
+    if not len(fits):
+      return row
+    row = [*row, fits[0]]
+    left[fits[0]] -= 1
+    room = room - columns[:, fits[0]]
+
+
+def _close(columns, left, room, main) -> list[int]:
+  """The types of one row with as little left over of `main` as was found."""
   row, room = [0], room - columns[:, 0]
   best, least = row, room[main]
   fits = np.arange(len(left))
