@@ -70,24 +70,33 @@ def attend(
     raise ValueError(f'attend: reach {reach} needs T == S and to be >= 0; T={T}, S={S}')
   scale = sizes['H'] ** -0.5 if scale is None else scale
   part = functools.partial(_attend, scale=scale, cap=logits_soft_cap)
+  # Heads first: products of whole matrices, three times as fast on CPU.
+  q = jnp.moveaxis(q.reshape(*q.shape[:2], K, N // K, -1), 1, 3)  # [B, K, G, T, H]
+  k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)  # [B, K, S, H]
   count = math.ceil(T / chunk)
   if count == 1:
-    return part(q, k, v, query_tags, key_tags)
-  return _in_chunks(part, q, k, v, query_tags, key_tags, math.ceil(T / count), reach)
+    out = part(q, k, v, query_tags, key_tags)
+  else:
+    out = _in_chunks(part, q, k, v, query_tags, key_tags, math.ceil(T / count), reach)
+  return jnp.moveaxis(out, 3, 1).reshape(out.shape[0], T, N, -1)
 
 
 def _in_chunks(part, q, k, v, query_tags, key_tags, size, reach):
   """Runs `part` on `size` queries after the other, over the keys in their reach."""
-  T, S = q.shape[1], k.shape[1]
+  T, S = q.shape[3], k.shape[2]
   count = math.ceil(T / size)
-  pad = count * size - T
 
-  def split(x, fill=0):  # [B, T, ...] -> [count, B, size, ...]
-    x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
-    return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
+  def split(x, axis, fill=0):  # [.., T, ..] -> [count, .., size, ..]
+    width = [(0, 0)] * x.ndim
+    width[axis] = (0, count * size - T)
+    x = jnp.pad(x, width, constant_values=fill)
+    x = x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x, axis, 0)
 
   queries = QueryTags(
-    split(query_tags.segment_ids), split(query_tags.first), split(query_tags.last, -1)
+    split(query_tags.segment_ids, 1),
+    split(query_tags.first, 1),
+    split(query_tags.last, 1, -1),
   )
   window = S if reach is None else min(S, size + 2 * reach)
 
@@ -96,31 +105,38 @@ def _in_chunks(part, q, k, v, query_tags, key_tags, size, reach):
     i, q, tags = xs
     if window < S:
       start = jnp.clip(i * size - reach, 0, S - window)
-      k, v, key_tags = jax.tree.map(
-        lambda x: jax.lax.dynamic_slice_in_dim(x, start, window, 1), (k, v, key_tags)
-      )
+
+      def near(x, axis):
+        return jax.lax.dynamic_slice_in_dim(x, start, window, axis)
+
+      k, v = near(k, 2), near(v, 2)
+      key_tags = KeyTags(near(key_tags.segment_ids, 1), near(key_tags.order, 1))
     return part(q, k, v, tags, key_tags)
 
   out = jax.lax.map(
-    lambda xs: body(k, v, key_tags, xs), (jnp.arange(count), split(q), queries)
+    lambda xs: body(k, v, key_tags, xs), (jnp.arange(count), split(q, 3), queries)
   )
-  out = jnp.moveaxis(out, 0, 1)
-  return out.reshape(out.shape[0], count * size, *out.shape[3:])[:, :T]
+  out = jnp.moveaxis(out, 0, 3)
+  return out.reshape(*out.shape[:3], count * size, out.shape[-1])[..., :T, :]
 
 
 def _attend(q, k, v, query_tags, key_tags, *, scale, cap):
-  B, T, N, H = q.shape
-  K = k.shape[2]
-  q = q.reshape(B, T, K, N // K, H)
-  logits = jnp.einsum('BTKGH,BSKH->BKGTS', q, k, preferred_element_type=jnp.float32)
+  """q f[B, K, G, T, H], k and v f[B, K, S, H] -> f[B, K, G, T, H]."""
+  B, K, G, T, H = q.shape
+  q = q.reshape(B, K, G * T, H)
+  logits = jnp.einsum('BKMH,BKSH->BKMS', q, k, preferred_element_type=jnp.float32)
   logits = logits * scale
   if cap is not None:
     logits = cap * jnp.tanh(logits / cap)
-  mask = visible(query_tags, key_tags)[:, None, None]
-  logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+  mask = visible(query_tags, key_tags)
+  nothing = jnp.finfo(jnp.float32).min
+  logits = jnp.where(jnp.tile(mask, (1, G, 1))[:, None], logits, nothing)
   top = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
-  probs = jnp.where(mask, jnp.exp(logits - top), 0.0)
-  total = jnp.sum(probs, -1, keepdims=True)
-  probs = probs / jnp.where(total > 0, total, 1.0)
-  out = jnp.einsum('BKGTS,BSKH->BTKGH', probs.astype(v.dtype), v)
-  return out.reshape(B, T, N, H)
+  weights = jnp.exp(logits - top)
+  total = jnp.sum(weights, -1, keepdims=True)
+  out = jnp.einsum(
+    'BKMS,BKSH->BKMH', weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+  )
+  # A query that sees nothing has averaged everything: finite, and thrown away.
+  out = jnp.where(top > nothing, out / total, 0.0).astype(v.dtype)
+  return out.reshape(B, K, G, T, -1)
