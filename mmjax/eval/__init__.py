@@ -32,7 +32,13 @@ _OURS = (
 
 
 def build_evaluators(
-  config: Any, *, model: Any, mesh: Any, rules: Any, dataset: Any = None
+  config: Any,
+  *,
+  model: Any,
+  mesh: Any,
+  rules: Any,
+  dataset: Any = None,
+  tokenizer_hash: str | None = None,
 ) -> dict[str, Any]:
   """The evaluators that `config.eval` names, each with `.every` and `.run`.
 
@@ -42,9 +48,11 @@ def build_evaluators(
     model: the module.
     mesh, rules: as in training.
     dataset: instead of the prepared data at `config.data.path` (for tests).
+    tokenizer_hash: what the model was trained with, if it is to be checked.
 
   Raises:
-    ValueError: an unknown evaluator or field, with the choices.
+    ValueError: an unknown evaluator or field, with the choices; no such data, or
+      data of another tokenizer.
   """
   from mmjax.data.media import ImageRule
   from mmjax.data.store import Dataset
@@ -62,8 +70,11 @@ def build_evaluators(
       if field not in allowed:
         near = _closest(field, [*allowed, 'split'])
         raise ValueError(f'eval.{name} has no field {field!r}{near}')
+    data = dataset
+    if data is None:
+      data = Dataset(config.data.path, split, tokenizer_hash)
     built[name] = cls(
-      dataset=Dataset(config.data.path, split) if dataset is None else dataset,
+      dataset=data,
       model=model,
       mesh=mesh,
       rules=rules,

@@ -83,6 +83,24 @@ def same_predictions(results: Mapping[str, Any], before: Mapping[str, Any]) -> s
   return '\n'.join(lines)
 
 
+def table(results: Mapping[str, Any]) -> str:
+  """A few lines to print: each type's count and accuracies, and the verdict."""
+  lines = []
+  for name, result in sorted(results.items()):
+    rows = [(name, 'questions', 'accuracy', 'shuffled', 'blank')]
+    groups: dict[str, list] = {}
+    for record in result.predictions:
+      groups.setdefault(record['type'] or 'all', []).append(record)
+    for group, records in [*sorted(groups.items()), ('together', result.predictions)]:
+      hits = _hits(records)
+      shares = (f'{metrics.accuracy(h):.4f}' for h in hits.values())
+      rows.append((group, f'{len(records):,}', *shares))
+    width = max(len(r[0]) for r in rows)
+    lines += [f'{r[0]:{width}}' + ''.join(f'{c:>11}' for c in r[1:]) for r in rows]
+    lines.append(verdict(result.predictions)[1])
+  return '\n'.join(lines).replace('\u00a0', ' ')
+
+
 def verdict(predictions: Sequence[Mapping[str, Any]]) -> tuple[bool, str]:
   """(uses its images?, the verdict in plain words); the bar is the gain's interval."""
   right = [r['correct'] for r in predictions]
@@ -121,10 +139,7 @@ def page(step: int, results: Mapping[str, Any]) -> str:
 def _section(name: str, result: Any, pictures: '_Pictures') -> dict[str, Any]:
   records = result.predictions
   looks, words = verdict(records)
-  hits = {
-    key: [metrics.exact(r[f'prediction{key}'], r['answer']) for r in records]
-    for key in ('', '_shuffled', '_blank')
-  }
+  hits = _hits(records)
   bars = [
     _bar('own', 'Its own images', hits['']),
     _bar('shuffled', 'Shuffled', hits['_shuffled'], 'images of other documents'),
@@ -152,6 +167,13 @@ def _section(name: str, result: Any, pictures: '_Pictures') -> dict[str, Any]:
     'counts': counts,
     'metrics': result.metrics,
     'documents': len({r['index'] for r in records}),
+  }
+
+
+def _hits(records: Sequence[Mapping[str, Any]]) -> dict[str, list[bool]]:
+  return {
+    key: [metrics.exact(r[f'prediction{key}'], r['answer']) for r in records]
+    for key in ('', '_shuffled', '_blank')
   }
 
 
