@@ -17,6 +17,7 @@ import logging
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -304,10 +305,12 @@ def _read(load: _Load, start_step: int, workers: int):
 
 
 def _init_worker(*_):
-  """Keeps a worker off the accelerators, and ends it when its parent is gone.
+  """Keeps a worker off the accelerators, and ends it with its parent only.
 
-  Grain asks its workers to stop, which a parent that was killed can't do.
+  Ctrl-C reaches workers too, but the parent wants to finish its step. A parent
+  that was killed can't ask its workers to stop, so each looks out for itself.
   """
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
   jax.config.update('jax_platforms', 'cpu')
   parent = multiprocessing.parent_process()
 

@@ -170,13 +170,16 @@ def test_two_real_processes_make_the_same_batches(path, tmp_path):
 
 
 @pytest.mark.slow
-def test_workers_end_with_a_parent_that_was_killed(path, tmp_path):
+def test_workers_outlive_ctrl_c_but_not_their_parent(path, tmp_path):
   process = launch(tmp_path, path, 0, workers=2)
   try:
     process.stdout.readline()
     pids = json.loads(process.stdout.readline())
     assert len(pids) == 2
-    assert all(os.path.exists(f'/proc/{pid}') for pid in pids)
+    for pid in pids:
+      os.kill(pid, signal.SIGINT)
+    time.sleep(0.5)
+    assert all(alive(pid) for pid in pids)
   finally:
     process.send_signal(signal.SIGKILL)
   process.communicate(timeout=60)
