@@ -20,7 +20,7 @@ def get_config(variant: str = '') -> ConfigDict:
         tokenizer='bpe:512',
         rows=8,
         image=dict(patch=8, resize='fixed', size=64),
-        budget=dict(stream=1024, targets=256, image=dict(patches=640, items=10)),
+        budget=dict(stream=1024, targets=160, image=dict(patches=512, items=8)),
       ),
       model=dict(
         name='unified',

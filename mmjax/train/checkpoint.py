@@ -15,8 +15,10 @@ taken. Nothing is unpickled.
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import math
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -324,8 +326,12 @@ def _rebuild(tree: Any, flat: dict[str, Any]) -> Any:
 
 
 def _line(error: BaseException) -> str:
-  """The root of an error in at most 200 characters."""
+  """What the system said, if it did; else the root of an error in 200 characters."""
   while error.__cause__ is not None:
     error = error.__cause__
   text = ' '.join(str(error).split()) or type(error).__name__
+  known = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO
+  for reason in map(os.strerror, known):
+    if reason in text:
+      return reason
   return text if len(text) <= 200 else text[:200] + '...'

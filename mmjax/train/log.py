@@ -21,6 +21,7 @@ import time
 import tqdm
 
 _log = logging.getLogger('mmjax')
+_LIBRARIES = ('absl', 'asyncio')
 
 
 class RunLog:
@@ -142,22 +143,31 @@ class _Console(logging.Handler):
 
 @contextlib.contextmanager
 def logging_to(workdir, active: bool = True):
-  """Inside, mmjax' logger writes to <workdir>/train.log and to stderr."""
-  handlers = [logging.NullHandler()]
+  """Inside, mmjax' logger writes to <workdir>/train.log and to stderr.
+
+  What libraries complain about (Orbax answers a full disk with a dozen stack
+  traces) goes to train.log alone.
+  """
+  loggers = [_log, *map(logging.getLogger, _LIBRARIES)]
+  before = [(x.level, x.propagate) for x in loggers]
+  file, handlers = logging.NullHandler(), []
   if active:
     pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(pathlib.Path(workdir) / 'train.log')
     file.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
-    handlers = [file, _Console(logging.INFO)]
-  before = _log.level, _log.propagate
-  _log.setLevel(logging.DEBUG)
-  _log.propagate = False
+    handlers = [_Console(logging.INFO)]
+  for logger in loggers:
+    logger.setLevel(logging.DEBUG if logger is _log else logging.WARNING)
+    logger.propagate = False
+    logger.addHandler(file)
   for handler in handlers:
     _log.addHandler(handler)
   try:
     yield
   finally:
-    for handler in handlers:
-      _log.removeHandler(handler)
+    for logger, (level, propagate) in zip(loggers, before):
+      logger.level, logger.propagate = level, propagate
+      for handler in (file, *handlers):
+        logger.removeHandler(handler)
+    for handler in (file, *handlers):
       handler.close()
-    _log.level, _log.propagate = before

@@ -140,7 +140,7 @@ def toy_loss(params, batch, rng, train):
   return jnp.sum(rows), {'weight': jnp.sum(batch['weight'])}
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def toy_batch():
   def make(rows=8, seed=0):
     rng = np.random.default_rng(seed)
@@ -152,11 +152,11 @@ def toy_batch():
   return make
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def toy(toy_batch):
-  """toy(name='adamw', ...) -> a `Stepper` of `Toy`, with .optimizer and .abstract."""
+  """toy(name='adamw', ...) -> a `Stepper` of `Toy`, with .abstract; programs are kept."""
 
-  def make(accumulate=1, loss_fn=toy_loss, rows=8, devices=1, preset='dp', **optimizer):
+  def compiled(accumulate, loss_fn, rows, devices, preset, **optimizer):
     optimizer = {'name': 'sgd', 'learning_rate': 0.1, 'steps': 100, **optimizer}
     axis = 'fsdp' if preset == 'fsdp' else 'data'
     mesh = sharding.make_mesh({axis: devices}, jax.devices()[:devices])
@@ -177,9 +177,19 @@ def toy(toy_batch):
         batch,
         sharding.batch_shardings(batch, mesh, rules),
       )
-      compiled = step.compile_step(run, abstract, shapes)
-      made_stepper = Stepper(init(jax.random.key(0)), compiled, mesh, rules, rows)
-    made_stepper.optimizer, made_stepper.abstract = made, abstract
-    return made_stepper
+      return step.compile_step(run, abstract, shapes), init, abstract, mesh, rules
+
+  programs = {}
+
+  def make(accumulate=1, loss_fn=toy_loss, rows=8, devices=1, preset='dp', **optimizer):
+    args = (accumulate, loss_fn, rows, devices, preset)
+    key = repr((args, sorted(optimizer.items())))
+    if key not in programs:
+      programs[key] = compiled(*args, **optimizer)
+    program, init, abstract, mesh, rules = programs[key]
+    with sharding.use(mesh, rules):
+      made = Stepper(init(jax.random.key(0)), program, mesh, rules, rows)
+    made.abstract = abstract
+    return made
 
   return make

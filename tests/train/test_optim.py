@@ -92,7 +92,7 @@ def test_update_is_the_equation():
 
 
 def test_frozen_leaves_keep_their_bits_and_cost_no_memory(toy, toy_batch):
-  run = toy(name='adamw', weight_decay=0.1, freeze=['up', 'b*'], ema=0.9)
+  run = toy(name='adamw', weight_decay=0.1, freeze=('up', 'b*'), ema=0.9)
   before = jax.device_get(run.state.params)
   for seed in range(3):
     run(toy_batch(seed=seed))
@@ -113,7 +113,7 @@ def test_no_gradient_is_computed_for_frozen_leaves(toy):
     return run.compiled.as_text().count('f32[4,8]{1,0} dot')
 
   assert products(toy()) == 1
-  assert products(toy(freeze=['up'])) == 0
+  assert products(toy(freeze=('up',))) == 0
 
 
 def test_clipping_by_global_norm():
