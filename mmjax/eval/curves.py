@@ -97,7 +97,8 @@ def draw(records: Iterable[Mapping[str, Any]], title: str = '') -> bytes:
       steps, values = series(records, f'eval/{task}/accuracy{suffix}')
       if len(steps):
         label = f'{task} {label} {100 * values[-1]:.1f} %'
-        style = dict(color=color, linewidth=2, marker='o', markersize=4.5)
+        style = dict(color=color, linewidth=2, marker='o', markersize=4.5, zorder=4)
+        style['zorder'] -= bool(suffix)  # the own images on top
         right.plot(steps, values, label=label, **style)
   right.set_ylim(0, 1.02)
   right.yaxis.set_major_formatter(lambda v, _: f'{100 * v:.0f} %')
