@@ -39,7 +39,7 @@ def get_config(variant: str = '') -> ConfigDict:
         weight_decay=0.05,
         clip_norm=1.0,
       ),
-      sharding=dict(preset='dp'),
+      sharding=dict(preset='dp', max_replicated=1.0),
       train=dict(steps=1800, log_every=20, checkpoint_every=200, keep=2),
       eval=dict(
         vqa=dict(

@@ -47,7 +47,7 @@ def get_config(variant: str = '') -> ConfigDict:
         weight_decay=0.05,
         clip_norm=1.0,
       ),
-      sharding=dict(preset='dp'),
+      sharding=dict(preset='dp', max_replicated=1.0),
       train=dict(steps=500, log_every=10, checkpoint_every=100, keep=2),
       eval=dict(
         vqa=dict(

@@ -95,10 +95,7 @@ def build(config: ConfigDict, vocab_size: int, devices=None) -> Parts:
 
 def rules_of(config: ConfigDict) -> dict[str, Any]:
   """By media kind of the budget, the rule that `config.data.<kind>` describes."""
-  kinds = [k for k, v in config.data.budget.items() if isinstance(v, ConfigDict) and v]
-  for kind in kinds:
-    if kind not in _RULES:
-      raise ValueError(f'config.data.budget.{kind}: no rule for media {kind!r}')
+  kinds = [kind for kind in _RULES if config.data.budget[kind]]
   return {k: fields_of(config.data[k], _RULES[k], f'data.{k}') for k in kinds}
 
 

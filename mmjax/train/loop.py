@@ -37,12 +37,13 @@ class RunStopped(RuntimeError):
   """The run can't go on; one line says why."""
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike) -> str:
+def train(config: ConfigDict, workdir: str | os.PathLike, devices=None) -> str:
   """Trains, from the start or from where the workdir stands.
 
   Args:
     config: resolved (`config.resolve`) and checked.
     workdir: everything that a run leaves goes here.
+    devices: default `jax.devices()`.
 
   Returns:
     'done', or 'stopped' by a signal (the same call goes on later).
@@ -64,13 +65,13 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> str:
     if config.train.compilation_cache:
       jax.config.update('jax_compilation_cache_dir', config.train.compilation_cache)
     if first and not (pathlib.Path(config.data.path) / 'meta.json').exists():
-      build_lib.build(config, 1)  # what is wrong in the config is told before waiting
+      build_lib.build(config, 1, devices)  # what is wrong in the config is told before waiting
       _log.info('preparing %s in %s', config.data.source, config.data.path)
       prepare(config.data.source, config.data.path, tokenizer=config.data.tokenizer)
     _barrier('prepared')
     dataset = Dataset(config.data.path, config.data.split)
     _refuse_other_data(config, dataset.meta)
-    parts = build_lib.build(config, dataset.tokenizer.vocab_size)
+    parts = build_lib.build(config, dataset.tokenizer.vocab_size, devices)
     _refuse_uneven(config, parts)
     evaluators = build_evaluators(
       config, model=parts.model, mesh=parts.mesh, rules=parts.rules

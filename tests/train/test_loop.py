@@ -17,6 +17,7 @@ from mmjax.data.document import Document, Image, Text
 from mmjax.data.tokenizer import ByteTokenizer
 from mmjax.data.writer import Writer
 from mmjax.sharding import param
+from mmjax.train import config as config_lib
 from mmjax.train import log as log_lib
 from mmjax.train import loop
 from mmjax.train.checkpoint import CheckpointError, Checkpoints
@@ -86,7 +87,7 @@ def run(tiny, data, tmp_path, monkeypatch):
   evaluator.runs = []
   monkeypatch.setattr('mmjax.eval.build_evaluators', lambda *a, **k: {'vqa': evaluator})
 
-  def make(steps=4, workdir='a', **sections):
+  def make(steps=4, workdir='a', devices=1, **sections):
     config = tiny(
       data={
         'path': str(data),
@@ -100,8 +101,9 @@ def run(tiny, data, tmp_path, monkeypatch):
       optim=sections.get('optim', {}),
     )
     config.model = {'name': 'bigram', 'embed_dim': 8, **sections.get('model', {})}
-    config.sharding.update(sections.get('sharding', {}))
-    return loop.train(config, tmp_path / workdir)
+    config.sharding.update({'max_replicated': 1.0, **sections.get('sharding', {})})
+    config = config_lib.resolve(config)
+    return loop.train(config, tmp_path / workdir, jax.devices()[:devices])
 
   make.evaluator, make.workdir = evaluator, tmp_path / 'a'
   return make
@@ -232,15 +234,12 @@ def change_meta(monkeypatch, **changes):
   monkeypatch.setattr(store, 'read_meta', lambda path: {**read(path), **changes})
 
 
-def test_another_tokenizer_is_refused(run, monkeypatch):
+def test_another_tokenizer_is_refused(run):
   run(2)
-  monkeypatch.setattr(ByteTokenizer, 'hash', 'f' * 64)
-  monkeypatch.setattr(
-    store,
-    'read_meta',
-    lambda path, read=store.read_meta: {**read(path), 'tokenizer_hash': 'f' * 64},
-  )
-  with pytest.raises(ValueError, match='tokenizer of .* has hash ffff.*was trained with'):
+  meta = run.workdir / 'checkpoints' / '2' / 'meta' / 'metadata'
+  content = json.loads(meta.read_text())
+  meta.write_text(json.dumps({**content, 'tokenizer_hash': 'f' * 64}))
+  with pytest.raises(ValueError, match='tokenizer of .* has hash .*was trained with fff'):
     run(4)
 
 
@@ -270,21 +269,21 @@ def test_data_of_another_kind_is_refused(run, data, monkeypatch):
   [
     (dict(train=dict(accumulate=2)), 'rows = 8 in 2 microbatches does not divide'),
     (dict(sharding=dict(mesh=dict(data=3))), 'needs 3 devices, there are 8'),
-    (dict(data=dict(budget=dict(audio=dict(patches=3)))), "no rule for media 'audio'"),
+    (dict(data=dict(budget=dict(image=dict(item=3)))), "no 'item'; did you mean 'items'"),
     (dict(optim=dict(freeze=('nothing',))), "'nothing' matches no parameter.*table"),
     (dict(model=dict(embed_dims=8)), "no field 'embed_dims'; did you mean 'embed_dim'"),
   ],
 )
 def test_what_does_not_fit_is_one_line(run, sections, message):
   with pytest.raises(ValueError, match=message) as caught:
-    run(2, **sections)
+    run(2, devices=8, **sections)
   assert '\n' not in str(caught.value)
 
 
 def test_much_replication_is_refused(run):
   mesh = dict(mesh=dict(data=4, fsdp=2), preset='dp')
   with pytest.raises(ValueError, match='replicated'):
-    run(2, sharding=dict(**mesh, max_replicated=0.02))
+    run(2, devices=8, sharding=dict(**mesh, max_replicated=0.02))
 
 
 def test_handlers_and_log_are_put_back(run):
