@@ -128,7 +128,8 @@ def test_worker_processes_change_nothing(path, chain, workers):
 
 
 SCRIPT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
 sys.path.insert(0, sys.argv[1])
 import test_pipeline as t
 
