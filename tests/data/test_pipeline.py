@@ -140,7 +140,12 @@ if __name__ == '__main__':
   print(json.dumps([next(it).batch.stream.tokens.tolist() for _ in range(3)]), flush=True)
   if int(sys.argv[4]):
     import multiprocessing, time
-    print(json.dumps([p.pid for p in multiprocessing.active_children()]), flush=True)
+    started = multiprocessing.active_children()
+    print(json.dumps([p.pid for p in started]), flush=True)
+    sys.stdin.readline()
+    for _ in range(20):  # more than there are in queues
+      next(it)
+    print('more', flush=True)
     time.sleep(60)
 """
 
@@ -151,6 +156,7 @@ def launch(tmp_path, data, index, workers=0):
   here = str(pathlib.Path(__file__).parent)
   return subprocess.Popen(
     [sys.executable, str(script), here, str(data), str(index), str(workers)],
+    stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
@@ -180,6 +186,9 @@ def test_workers_outlive_ctrl_c_but_not_their_parent(path, tmp_path):
     for pid in pids:
       os.kill(pid, signal.SIGINT)
     time.sleep(0.5)
+    process.stdin.write('go on\n')
+    process.stdin.flush()
+    assert process.stdout.readline() == 'more\n'
     assert all(alive(pid) for pid in pids)
   finally:
     process.send_signal(signal.SIGKILL)
