@@ -119,6 +119,12 @@ class Pipeline:
   def steps_per_epoch(self) -> float:
     return self.plan.num_rows / self.rows
 
+  @property
+  def longest(self) -> int:
+    """Stream slots of the longest document that is used."""
+    stream = self.lengths.names.index('stream')
+    return int(self.lengths.needs[self.plan.ids, stream].max())
+
   def summary(self) -> str:
     """Documents, rows, steps per epoch, fill and drops, for the log."""
     plan = self.plan

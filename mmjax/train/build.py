@@ -114,3 +114,17 @@ def model_of(config: ConfigDict, vocab_size: int, budget: Budget) -> Any:
   media = tuple((kind, b.channels) for kind, b in sorted(budget.bank.items()))
   fields = {**config.model.to_dict(), 'vocab_size': vocab_size, 'media': media}
   return models.build(fields.pop('name'), **fields)
+
+
+def refuse_short_reach(model: Any, longest: int) -> None:
+  """Refuses a model whose attention looks less far than a document is long.
+
+  Raises:
+    ValueError: the model's `reach` would hide a part of a document from itself.
+  """
+  reach = getattr(model, 'reach', None)
+  if reach is not None and reach < longest - 1:
+    raise ValueError(
+      f'config.model.reach = {reach}, but the longest document has {longest} slots;'
+      f' set it to {longest - 1} or more, or to None'
+    )

@@ -65,7 +65,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike, devices=None) -> str:
     if config.train.compilation_cache:
       jax.config.update('jax_compilation_cache_dir', config.train.compilation_cache)
     if first and not (pathlib.Path(config.data.path) / 'meta.json').exists():
-      build_lib.build(config, 1, devices)  # what is wrong in the config is told before waiting
+      build_lib.build(
+        config, 1, devices
+      )  # what is wrong in the config is told before waiting
       _log.info('preparing %s in %s', config.data.source, config.data.path)
       prepare(config.data.source, config.data.path, tokenizer=config.data.tokenizer)
     _barrier('prepared')
@@ -87,6 +89,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, devices=None) -> str:
       max_bad_share=config.data.max_bad_share,
       workers=config.data.workers,
     )
+    build_lib.refuse_short_reach(parts.model, pipeline.longest)
     with sharding.use(parts.mesh, parts.rules):
       run = _Run(config, workdir, parts, pipeline, dataset, evaluators)
       return run.go()

@@ -79,9 +79,28 @@ def data(tmp_path_factory):
   return path
 
 
+@pytest.fixture(scope='module')
+def programs():
+  """Executables by their text, so that a program is compiled once in this file."""
+  return {}
+
+
 @pytest.fixture
-def run(tiny, data, tmp_path, monkeypatch):
+def run(tiny, data, tmp_path, monkeypatch, programs):
   """run(steps, ..., workdir='a') -> outcome; run.evaluator counts evaluations."""
+  compile_ = jax.stages.Lowered.compile
+
+  def kept(self, *args, **kwargs):
+    key = self.as_text()
+    if key not in programs:
+      programs[key] = compile_(self, *args, **kwargs)
+    return programs[key]
+
+  monkeypatch.setattr(jax.stages.Lowered, 'compile', kept)
+  # A picture takes a second; tests/eval looks at it.
+  monkeypatch.setattr(
+    'mmjax.eval.curves.write', lambda workdir, *_: (workdir / 'curves.png').touch()
+  )
   monkeypatch.setitem(models.MODELS, 'bigram', Bigram)
   evaluator = Counter()
   evaluator.runs = []
@@ -271,6 +290,7 @@ def test_data_of_another_kind_is_refused(run, data, monkeypatch):
     (dict(sharding=dict(mesh=dict(data=3))), 'needs 3 devices, there are 8'),
     (dict(data=dict(budget=dict(image=dict(item=3)))), "no 'item'; did you mean 'items'"),
     (dict(optim=dict(freeze=('nothing',))), "'nothing' matches no parameter.*table"),
+    (dict(model=dict(name='unified', reach=9)), 'reach = 9, but .* 11 slots'),
     (dict(model=dict(embed_dims=8)), "no field 'embed_dims'; did you mean 'embed_dim'"),
   ],
 )
