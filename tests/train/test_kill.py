@@ -1,0 +1,160 @@
+"""Real processes, killed for real: the end is the same, bit for bit."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from mmjax.data.document import Document, Image, Text
+from mmjax.data.tokenizer import ByteTokenizer
+from mmjax.data.writer import Writer
+from mmjax.train import log as log_lib
+
+ROOT = pathlib.Path(__file__).parents[2]
+STEPS = 120
+CONFIG = f"""
+from ml_collections import ConfigDict
+
+def get_config():
+  return ConfigDict(dict(
+    data=dict(
+      source='none', path=DATA, rows=2, image=dict(patch=2, resize='fixed', size=4),
+      budget=dict(stream=32, targets=16, image=dict(patches=8, items=2)),
+    ),
+    model=dict(embed_dim=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8,
+               mlp_dim=32, dropout=0.1),
+    optim=dict(learning_rate=3e-3, schedule=dict(name='cosine', warmup_steps=5), ema=0.9),
+    train=dict(steps={STEPS}, log_every=3, checkpoint_every=7, keep=2),
+    eval=dict(vqa=dict(every=50, limit=4, rows=4, max_new=6)),
+  ))
+"""
+
+
+@pytest.fixture(scope='module')
+def config(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('kill')
+  rng = np.random.default_rng(0)
+  with Writer(folder / 'data', ByteTokenizer(), {}) as out:
+    for i in range(40):
+      light = int(rng.integers(0, 2))
+      image = Image((rng.integers(0, 100, (4, 4, 3)) + 150 * light).astype(np.uint8))
+      spans = (image, Text('?', trained=False), Text('light' if light else 'dark', True))
+      out.add('train' if i < 30 else 'test', Document(spans, id=f'doc{i}'))
+  file = folder / 'shades.py'
+  file.write_text(CONFIG.replace('DATA', repr(str(folder / 'data'))))
+  return file
+
+
+def start(config, workdir, *args):
+  command = [sys.executable, str(ROOT / 'train.py'), f'--config={config}']
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
+  return subprocess.Popen(
+    [*command, f'--workdir={workdir}', *args],
+    env=env,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def wait_for(process, seen):
+  """Until `seen()`, in a hurry; the process must still be running then."""
+  end = time.monotonic() + 200
+  while not seen():
+    assert process.poll() is None, process.stderr.read()
+    assert time.monotonic() < end
+    time.sleep(0.001)
+
+
+def last_step(workdir):
+  path = workdir / 'metrics.jsonl'
+  lines = log_lib.read(path) if path.exists() else []
+  return lines[-1]['step'] if lines else 0
+
+
+def saving(workdir):
+  return any((workdir / 'checkpoints').glob('*tmp*'))
+
+
+def result(workdir):
+  """Every bit of the state, every line of the log, every answer."""
+  meta = workdir / 'checkpoints' / str(STEPS) / 'meta' / 'metadata'
+  lines = log_lib.read(workdir / 'metrics.jsonl')
+  lines = [{k: v for k, v in x.items() if 'second' not in k} for x in lines]
+  found = json.loads((workdir / 'eval' / f'{STEPS}.json').read_text())
+  answers = found['results']['vqa']['predictions']
+  return json.loads(meta.read_text())['fingerprints'], lines, answers
+
+
+@pytest.fixture(scope='module')
+def undisturbed(config):
+  workdir = config.parent / 'straight'
+  process = start(config, workdir)
+  _, err = process.communicate(timeout=300)
+  assert process.returncode == 0, err
+  return result(workdir)
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment(config, undisturbed, tmp_path):
+  for moment in (
+    lambda: (tmp_path / 'config.json').exists(),  # nothing saved yet
+    lambda: last_step(tmp_path) >= 10,
+    lambda: last_step(tmp_path) >= 40 and saving(tmp_path),  # half a checkpoint
+    lambda: last_step(tmp_path) >= 90,
+  ):
+    process = start(config, tmp_path)
+    wait_for(process, moment)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+  process = start(config, tmp_path)
+  _, err = process.communicate(timeout=300)
+  assert process.returncode == 0, err
+  assert 'going on from step' in err
+  assert result(tmp_path) == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_with_0(config, undisturbed, tmp_path, number):
+  process = start(config, tmp_path)
+  wait_for(process, lambda: last_step(tmp_path) >= 10)
+  process.send_signal(number)
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 0, err
+  assert f'{number.name}: finishing the step and saving' in err
+  assert 'the same command goes on' in err
+  kept = [int(p.name) for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit()]
+  assert max(kept) >= last_step(tmp_path) - 3
+  process = start(config, tmp_path)
+  _, err = process.communicate(timeout=300)
+  assert process.returncode == 0, err
+  assert f'going on from step {max(kept)}' in err
+  assert result(tmp_path) == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('arg', 'message'),
+  [
+    ('--config.train.stepz=3', "did you mean 'train.steps'"),
+    ('--config.optim.options={"b3": 1}', "no option 'b3'; did you mean 'b1'"),
+    ('--config.data.source=other', 'unknown source'),
+  ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(config, tmp_path, arg, message):
+  if 'source' in arg:
+    process = start(config, tmp_path, arg, '--config.data.path=/nonexistent/x')
+  else:
+    process = start(config, tmp_path, arg)
+  _, err = process.communicate(timeout=100)
+  assert process.returncode == 2, err
+  last = err.strip().splitlines()[-1]
+  assert last.startswith('error: ') and message in last
+  assert 'Traceback' not in err
