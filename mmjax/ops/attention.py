@@ -4,9 +4,9 @@
 
 (Vaswani et al., 1706.03762, eq. 1; grouped-query heads: Ainslie et al.,
 2305.13245.) Who sees whom stands in small integer tags, see `mmjax.batch`; no
-[T, S] mask is an input. Queries go in chunks, each made anew in the backward
-pass, so the largest array held is [B, N, chunk, keys]. When nobody looks
-further than `reach` slots, a chunk is shown only the keys near it:
+[T, S] mask is an input. More than `chunk` queries go in chunks, each made anew in
+the backward pass, so the largest array held is [B, N, chunk, keys]. When nobody
+looks further than `reach` slots, a chunk is shown only the keys near it:
 
   keys      |. . . . . . . . . . . . . . . .|
   chunk 0    q q q q

@@ -1,19 +1,20 @@
 """Matrix products of tokens and kernels.
 
-All tokens are flattened into one dimension before the kernel:
+All tokens are flattened into one dimension before the kernel, which keeps its own:
 
-  [B, T, D] x [D, N, H]  =  [B*T, D] x [D, N*H]
+  [B, T, D] x [D, N, H]  =  [B*T, D] x [D, N, H]
 
-so that the gradient of the kernel is a product over one contracted dimension.
-XLA on CPU runs that 2.4 times faster than the product over B and T; on TPU both
-are the same program. B is the major dimension, so rows that are split over
-devices stay where they are. Only when T itself is split would the flat
-dimension not be splittable, and the plain contraction is used.
+so that the gradient of the kernel contracts one dimension instead of B and T,
+which XLA on CPU runs up to 2.4 times faster. Compiled for a TPU v5e mesh of fsdp
+and tensor it has the collectives of the plain einsum, where flattening the
+kernel as well would gather it once more in the backward pass. B is the major
+dimension, so rows that are split over devices stay where they are. Only when T
+itself is split would the flat dimension not be splittable; then nothing is
+flattened.
 """
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mmjax import sharding
 
@@ -40,8 +41,7 @@ def linear(x: jax.Array, kernel: jax.Array, num_in: int = 1, dtype=None) -> jax.
     )
   dtype = x.dtype if dtype is None else dtype
   kernel = kernel.astype(x.dtype)
-  if sharding.parts('seq') > 1:
-    return jnp.tensordot(x, kernel, num_in, preferred_element_type=dtype)
-  size = int(np.prod(inner))
-  y = jnp.dot(x.reshape(-1, size), kernel.reshape(size, -1), preferred_element_type=dtype)
+  if sharding.parts('seq') == 1:
+    x = x.reshape(-1, *inner)
+  y = jnp.tensordot(x, kernel, num_in, preferred_element_type=dtype)
   return y.reshape(lead + kernel.shape[num_in:])

@@ -68,7 +68,8 @@ def next_token_loss(
     stream: tokens, segments and weights of the batch.
     num_targets: places per row, `Budget.targets`.
     z_loss: adds z_loss * log(sum(exp(logits)))^2 (PaLM, 2204.02311, section 5).
-    chunk: at most so many targets of a row have logits at one time.
+    chunk: at most so many targets of a row have logits at one time. Each chunk of
+      a sharded batch sums the head's gradient over devices: no smaller than need be.
 
   Returns:
     (loss, weight, sums): f32 scalars; the loss is the one to differentiate, with
