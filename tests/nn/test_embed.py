@@ -36,9 +36,9 @@ def test_each_slot_gets_its_word_or_its_patch(scale, modality):
 
 def test_words_and_patches_enter_with_one_size():
   rng = np.random.default_rng(0)
-  batch = pack([[random_document(rng, 'titititi') for _ in range(8)]])
+  batch = pack([[random_document(rng, 'titititi') for _ in range(8)]], T=300, P=200, I=32)
   module = StreamEmbed(40, 64, MEDIA)
-  x = module.apply(module.init(jax.random.key(0), batch), batch)
+  x, _ = jax.jit(module.init_with_output)(jax.random.key(0), batch)
   media = batch.stream.tokens < 0
   assert 0.3 < np.std(x[media]) / np.std(x[~media]) < 1.5
 

@@ -149,7 +149,8 @@ def test_cache_fed_in_two_parts_equals_all_at_once(scanned, scan):
   params, args, _ = scanned
   config = dataclasses.replace(CONFIG, scan=scan)
   params = params if scan else unstack(params, 3)
-  want, none = Transformer(config).apply({'params': params}, *args)
+  run = jax.jit(Transformer(config).apply)
+  want, none = run({'params': params}, *args)
   assert none is None
   layers = empty_cache(2, 8, 3, 2, 4, 'float32', scan).layers
   x, positions, queries, keys = args
@@ -157,9 +158,7 @@ def test_cache_fed_in_two_parts_equals_all_at_once(scanned, scan):
   got = []
   for part in (slice(0, 4), slice(4, 6)):
     cut = jax.tree.map(lambda y, part=part: y[:, part], (x, positions, queries))
-    out, layers = Transformer(config).apply(
-      {'params': params}, *cut, pad, layers, part.start
-    )
+    out, layers = run({'params': params}, *cut, pad, layers, part.start)
     got.append(out)
   np.testing.assert_allclose(jnp.concatenate(got, 1), want, atol=1e-5)
 
