@@ -20,13 +20,14 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from mmjax.batch import Budget, Item, PackedBatch
+from mmjax.data import augment as augment_lib
 from mmjax.data.document import BadDocument
 from mmjax.data.example import Example, to_example
 from mmjax.data.pack import needs_of, pack
@@ -81,6 +82,7 @@ class Pipeline:
     slots: the model's answer to how many stream slots an item takes.
     seed: of the shuffle.
     image_attention: 'block' or 'causal', see `to_example`.
+    augment: names of `augment.AUGMENTATIONS`, in order.
     max_bad_share: the run stops if a larger share of the documents is bad (of
       the last 4,096 or so, and more than 10 of them; 0 stops at the first).
     workers: Grain worker processes; 0 reads in a thread of this one.
@@ -99,6 +101,7 @@ class Pipeline:
     slots: Callable[[Item], tuple[int, int, int]],
     seed: int = 0,
     image_attention: str = 'block',
+    augment: Sequence[str] = (),
     max_bad_share: float = 0.01,
     workers: int = 0,
   ):
@@ -113,7 +116,9 @@ class Pipeline:
     self.workers = workers
     self.lengths = Lengths.of(dataset.index, rules, slots)
     self.plan = PackPlan(self.lengths, budget, seed)
-    self._convert = _Convert(dataset, dict(rules), slots, image_attention)
+    self._convert = _Convert(
+      dataset, dict(rules), slots, image_attention, augment_lib.build(augment), seed
+    )
 
   @property
   def steps_per_epoch(self) -> float:
@@ -240,16 +245,20 @@ def _stats(step: _Step, budget: Budget) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Convert:
-  """Document number to example."""
+  """Document number and epoch to example."""
 
   dataset: Any
   rules: dict[str, Any]
   slots: Callable[[Item], tuple[int, int, int]]
   image_attention: str
+  augmentations: tuple[Any, ...]
+  seed: int
 
-  def __call__(self, document: int) -> Example:
+  def __call__(self, document: int, epoch: int) -> Example:
     return to_example(
-      self.dataset[document],
+      augment_lib.apply(
+        self.augmentations, self.dataset[document], self.seed, document, epoch
+      ),
       tokenizer=self.dataset.tokenizer,
       rules=self.rules,
       slots=self.slots,
@@ -275,13 +284,13 @@ class _Load:
       rows.append([])
       for document in self.plan.row(r):
         try:
-          rows[-1].append(self._example(document))
+          rows[-1].append(self._example(document, r // self.plan.num_rows))
         except BadDocument as error:
           bad.append((error.reason, document, str(error)))
     return _Step(pack(rows, self.budget), sum(map(len, rows)), tuple(bad))
 
-  def _example(self, document: int) -> Example:
-    example = self.convert(document)
+  def _example(self, document: int, epoch: int) -> Example:
+    example = self.convert(document, epoch)
     planned = self.plan.needs(document)
     for name, need in needs_of(example).items():
       if need > planned.get(name, 0):

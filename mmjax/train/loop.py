@@ -86,6 +86,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, devices=None) -> str:
       slots=parts.model.slots,
       seed=config.seed,
       image_attention=config.data.image_attention,
+      augment=config.data.augment,
       max_bad_share=config.data.max_bad_share,
       workers=config.data.workers,
     )

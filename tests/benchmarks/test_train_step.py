@@ -13,7 +13,9 @@ BENCHMARKS = pathlib.Path(__file__).parents[2] / 'benchmarks'
 def train_step(monkeypatch):
   pytest.importorskip('torch', reason="torch is not installed (extra 'parity')")
   monkeypatch.syspath_prepend(BENCHMARKS)
-  spec = importlib.util.spec_from_file_location('train_step', BENCHMARKS / 'train_step.py')
+  spec = importlib.util.spec_from_file_location(
+    'train_step', BENCHMARKS / 'train_step.py'
+  )
   module = importlib.util.module_from_spec(spec)
   sys.modules['train_step'] = module
   spec.loader.exec_module(module)

@@ -368,3 +368,16 @@ def test_wrong_numbers_are_refused(path):
       pipeline(path, **options)
   with pytest.raises(ValueError, match='none of 50 documents'):
     pipeline(path, budget=dataclasses.replace(BUDGET, stream=2))
+
+
+def test_augmentation_is_by_epoch_and_the_same_after_a_restart(path):
+  made = pipeline(path, augment=('mirror',), rows=1)
+  epoch = made.plan.num_rows
+  straight = made.iterate()
+  images = [next(straight).batch.bank['image'].values for _ in range(2 * epoch)]
+  again = pipeline(path, augment=('mirror',), rows=1).iterate(epoch + 3)
+  np.testing.assert_array_equal(next(again).batch.bank['image'].values, images[epoch + 3])
+  plain = pipeline(path, rows=1).iterate()
+  same = [np.array_equal(next(plain).batch.bank['image'].values, x) for x in images]
+  assert not all(same[:epoch]) and not all(same[epoch:])
+  straight.close(), again.close(), plain.close()
