@@ -4,6 +4,7 @@ Nothing is computed here, so the same parts serve training, evaluation from a
 checkpoint, planning for hardware that isn't there, and tests of big configs.
 """
 
+import contextlib
 import dataclasses
 import math
 from typing import Any
@@ -55,6 +56,17 @@ class Parts:
     return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), empty, places
     )
+
+
+def use_cpu_devices(config: ConfigDict) -> None:
+  """Splits the CPU into `config.sharding.cpu_devices` devices, before JAX starts.
+
+  One device per core keeps the cores busy where operations are too small to be
+  worth splitting. Does nothing to accelerators, or once JAX has started.
+  """
+  if config.sharding.cpu_devices:
+    with contextlib.suppress(RuntimeError):
+      jax.config.update('jax_num_cpu_devices', config.sharding.cpu_devices)
 
 
 def build(config: ConfigDict, vocab_size: int, devices=None) -> Parts:

@@ -67,7 +67,13 @@ def defaults() -> ConfigDict:
         ema=OPTIONAL(float),  # decay of the moving average of the parameters
         options=dict(),  # arguments of the optimizer, e.g. b2=0.95
       ),
-      sharding=dict(preset='dp', mesh=dict(data=-1), rules=dict(), max_replicated=0.02),
+      sharding=dict(
+        preset='dp',
+        mesh=dict(data=-1),
+        rules=dict(),
+        max_replicated=0.02,
+        cpu_devices=OPTIONAL(int),  # without accelerators: devices made of the CPU
+      ),
       train=dict(
         task='next_token',
         steps=1000,

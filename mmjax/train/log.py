@@ -108,8 +108,9 @@ class RunLog:
   def close(self) -> None:
     if self._active:
       self._bar.close()
-      self._file.close()
-      self._board.close()
+      with contextlib.suppress(OSError):  # a full disk, which was told already
+        self._file.close()
+        self._board.close()
 
 
 def read(path) -> list[dict]:
@@ -134,6 +135,13 @@ def truncate(path: pathlib.Path, step: int) -> list[dict]:
   return kept
 
 
+class _File(logging.FileHandler):
+  """A file that a full disk doesn't turn into stack traces on stderr."""
+
+  def handleError(self, record):
+    pass
+
+
 class _Console(logging.Handler):
   """Lines to stderr that don't tear a progress bar."""
 
@@ -153,7 +161,7 @@ def logging_to(workdir, active: bool = True):
   file, handlers = logging.NullHandler(), []
   if active:
     pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(pathlib.Path(workdir) / 'train.log')
+    file = _File(pathlib.Path(workdir) / 'train.log')
     file.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
     handlers = [_Console(logging.INFO)]
   for logger in loggers:

@@ -58,6 +58,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, devices=None) -> str:
   from mmjax.eval import build_evaluators
 
   config_lib.check(config)
+  build_lib.use_cpu_devices(config)
   workdir = pathlib.Path(workdir).absolute()
   first = jax.process_index() == 0
   with log_lib.logging_to(workdir, first):
@@ -152,6 +153,8 @@ class _Run:
       if config_lib.is_ours(error):
         raise RunStopped(str(error)) from error
       raise
+    except OSError as error:  # a full disk, most of the time
+      raise RunStopped(f'{error.strerror or error}: {error.filename or ""}') from error
     finally:
       self.log.close()
       with contextlib.suppress(ValueError):

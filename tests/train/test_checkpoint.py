@@ -205,14 +205,15 @@ def test_refusal_comes_before_reading(saved):
 
 FULL_DISK = """
 import resource, sys
-import jax, jax.numpy as jnp
+import jax, jax.numpy as jnp, numpy as np
 from mmjax.train.checkpoint import CheckpointError, Checkpoints
 from mmjax.train.log import logging_to
 from mmjax.train.state import TrainState
 
 def state(seed):
   zero = jnp.zeros((), jnp.int32)
-  params = {'w': jax.random.normal(jax.random.key(seed), (100, 100))}
+  w = np.random.default_rng(seed).normal(size=(100, 100)).astype('float32')
+  params = {'w': jnp.asarray(w)}
   return TrainState(zero, params, (), None, zero, zero)
 
 with logging_to(sys.argv[1]):
@@ -239,7 +240,8 @@ def test_full_disk_leaves_the_old_one_whole(tmp_path):
   assert 'Traceback' not in done.stderr
   again = Checkpoints(tmp_path / 'checkpoints')
   assert again.steps() == [1]
-  want = {'w': jax.random.normal(jax.random.key(1), (100, 100))}
+  w = np.random.default_rng(1).normal(size=(100, 100)).astype('float32')
+  want = {'w': jnp.asarray(w)}
   abstract = {
     'w': jax.ShapeDtypeStruct((100, 100), 'float32', sharding=want['w'].sharding)
   }

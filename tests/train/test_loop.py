@@ -1,5 +1,6 @@
 """The loop on a prepared dataset, with a model that compiles in no time."""
 
+import errno
 import json
 import logging
 import os
@@ -235,6 +236,15 @@ def test_non_finite_updates_stop_the_run_and_name_the_documents(run):
   assert '3 updates in a row were not finite, steps ' in message
   assert 'documents of step' in message and 'doc' in message
   assert '\n' not in message
+
+
+def test_a_log_that_cannot_be_written_stops_the_run(run, monkeypatch):
+  def full(self, step, metrics):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'metrics.jsonl')
+
+  monkeypatch.setattr(log_lib.RunLog, 'write', full)
+  with pytest.raises(loop.RunStopped, match='No space left on device: metrics.jsonl'):
+    run(4)
 
 
 def test_too_many_bad_documents_stop_the_run(run, monkeypatch):
