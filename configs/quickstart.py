@@ -27,7 +27,8 @@ def get_config(variant: str = '') -> ConfigDict:
         source='easy_vqa',
         path='data/easy_vqa',
         tokenizer='bpe:512',
-        rows=8,
+        rows=4,
+        augment=('shuffle_turns',),
         image=dict(patch=8, resize='fixed', size=64),
         budget=dict(stream=1024, targets=160, image=dict(patches=512, items=8)),
       ),
@@ -39,6 +40,9 @@ def get_config(variant: str = '') -> ConfigDict:
         num_kv_heads=4,
         head_dim=32,
         mlp_dim=384,
+        qk_norm=True,
+        chunk=128,
+        reach=(257, 63),  # a document has at most 258 slots, an image 64
       ),
       optim=dict(
         name='adamw',
@@ -47,14 +51,14 @@ def get_config(variant: str = '') -> ConfigDict:
         weight_decay=0.05,
         clip_norm=1.0,
       ),
-      sharding=dict(preset='dp', max_replicated=1.0),
-      train=dict(steps=500, log_every=10, checkpoint_every=100, keep=2),
+      sharding=dict(preset='dp', max_replicated=1.0, cpu_devices=2),
+      train=dict(steps=900, log_every=10, checkpoint_every=150, keep=2),
       eval=dict(
         vqa=dict(
           split='test',
-          every=100,
+          every=300,
           limit=500,
-          rows=128,
+          rows=64,
           max_new=8,
           published={'majority answer': 0.373, 'question only': 0.670, 'CNN+LSTM': 0.876},
         )

@@ -125,10 +125,12 @@ class Pipeline:
     return self.plan.num_rows / self.rows
 
   @property
-  def longest(self) -> int:
-    """Stream slots of the longest document that is used."""
+  def reach(self) -> tuple[int, int]:
+    """How many slots (back, ahead) a slot may see: its document, its own item."""
     stream = self.lengths.names.index('stream')
-    return int(self.lengths.needs[self.plan.ids, stream].max())
+    longest = int(self.lengths.needs[self.plan.ids, stream].max())
+    ahead = self.lengths.largest_item if self._convert.image_attention == 'block' else 1
+    return longest - 1, max(ahead - 1, 0)
 
   def summary(self) -> str:
     """Documents, rows, steps per epoch, fill and drops, for the log."""

@@ -36,11 +36,13 @@ class Lengths:
   names:   K names: 'stream', 'targets', '<kind>/patches', '<kind>/items'.
   needs:   i64[N, K].
   refused: by reason, the documents that can't be used whatever the budget.
+  largest_item: stream slots of the item that takes most.
   """
 
   names: tuple[str, ...]
   needs: np.ndarray
   refused: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  largest_item: int = 0
 
   @classmethod
   def of(
@@ -59,7 +61,7 @@ class Lengths:
     N = len(index.text_tokens)
     stream = index.text_tokens.astype(np.int64)
     owner = np.repeat(np.arange(N), np.diff(index.item_offsets))
-    names, media, refused = ['stream', 'targets'], [], {}
+    names, media, refused, largest = ['stream', 'targets'], [], {}, 0
 
     def refuse(reason, documents):
       before = refused.get(reason, np.zeros(0, np.int64))
@@ -81,6 +83,7 @@ class Lengths:
           counts[i] = np.prod(grid), np.prod(slots(Item(kind, grid)))
         except BadDocument as error:
           refuse(error.reason, documents[which == i])
+      largest = max(largest, int(counts[:, 1].max(initial=0)))
       media += [
         _sums(documents, counts[which, 0], N),
         np.bincount(documents, minlength=N),
@@ -90,7 +93,7 @@ class Lengths:
     refuse('empty', np.flatnonzero(stream == 0))
     refuse('nothing_trained', np.flatnonzero((stream > 0) & (index.targets == 0)))
     needs = np.stack([stream, index.targets.astype(np.int64), *media], axis=1)
-    return cls(tuple(names), needs, {r: d for r, d in refused.items() if len(d)})
+    return cls(tuple(names), needs, {r: d for r, d in refused.items() if len(d)}, largest)
 
   def __len__(self) -> int:
     return len(self.needs)

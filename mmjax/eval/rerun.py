@@ -48,6 +48,7 @@ def rerun(
   config = load(workdir, changes)
   if not config.eval:
     raise ValueError(f'{workdir}: config.eval names nothing to evaluate')
+  build_lib.use_cpu_devices(config)
   checkpoints = Checkpoints(workdir / 'checkpoints', read_only=True)
   try:
     parts = build_lib.build(config, tokenizer.load(config.data.path).vocab_size)

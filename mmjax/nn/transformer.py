@@ -56,7 +56,7 @@ class Config:
   remat: str = 'none'
   scan: bool = True
   chunk: int = 512
-  reach: int | None = None
+  reach: int | tuple[int, int] | None = None
   rope_base: float = 10_000.0
   rope_sections: Sections | None = None
   norm_eps: float = 1e-6

@@ -6,13 +6,14 @@
 2305.13245.) Who sees whom stands in small integer tags, see `mmjax.batch`; no
 [T, S] mask is an input. More than `chunk` queries go in chunks, each made anew in
 the backward pass, so the largest array held is [B, N, chunk, keys]. When nobody
-looks further than `reach` slots, a chunk is shown only the keys near it:
+looks further than `reach` slots, e.g. since no document is longer, a chunk is shown
+only the keys near it (here reach = (4, 2): 4 back, 2 ahead):
 
   keys      |. . . . . . . . . . . . . . . .|
   chunk 0    q q q q
-             k k k k k k k k                     chunk + 2 * reach keys, clipped
-  chunk 1            q q q q                     to the ends of the stream
-                 k k k k k k k k k k k k ...
+             k k k k k k k k k k                 chunk + 4 + 2 keys, shifted
+  chunk 1            q q q q                     inside the stream
+             k k k k k k k k k k
 """
 
 import functools
@@ -23,6 +24,8 @@ import jax.numpy as jnp
 
 from mmjax.batch import KeyTags, QueryTags, visible
 from mmjax.shape import check
+
+Reach = int | tuple[int, int]
 
 
 def attend(
@@ -35,7 +38,7 @@ def attend(
   scale: float | None = None,
   logits_soft_cap: float | None = None,
   chunk: int = 512,
-  reach: int | None = None,
+  reach: Reach | None = None,
 ) -> jax.Array:
   """Softmax attention, in float32 inside; a query that sees nothing gives 0.
 
@@ -47,9 +50,9 @@ def attend(
     scale: of the logits; default H ** -0.5.
     logits_soft_cap: c * tanh(logits / c) (Gemma 2, 2408.00118), None = off.
     chunk: at most so many queries at once.
-    reach: a promise that a query and a key that see each other stand at most
-      this many slots apart in the same stream (T == S), e.g. that no document
-      is longer. Keys out of reach are not looked at. None = no promise.
+    reach: a promise: a query sees no key that stands more than reach[0] slots
+      before it, or reach[1] after it, in the same stream (T == S). Keys out of
+      reach are not looked at. One number is for both ways; None = no promise.
 
   Returns:
     f[B, T, N, H] of v's dtype.
@@ -66,8 +69,10 @@ def attend(
     raise ValueError(f'attend: {N} query heads do not divide over {K} key/value heads')
   if chunk < 1:
     raise ValueError(f'attend: chunk must be at least 1, got {chunk}')
-  if reach is not None and (T != S or reach < 0):
-    raise ValueError(f'attend: reach {reach} needs T == S and to be >= 0; T={T}, S={S}')
+  if reach is not None:
+    reach = (reach, reach) if isinstance(reach, int) else tuple(reach)
+    if T != S or min(reach) < 0:
+      raise ValueError(f'attend: reach {reach} needs T == S and to be >= 0; T={T}, S={S}')
   scale = sizes['H'] ** -0.5 if scale is None else scale
   part = functools.partial(_attend, scale=scale, cap=logits_soft_cap)
   # Heads first: products of whole matrices, three times as fast on CPU.
@@ -98,13 +103,13 @@ def _in_chunks(part, q, k, v, query_tags, key_tags, size, reach):
     split(query_tags.first, 1),
     split(query_tags.last, 1, -1),
   )
-  window = S if reach is None else min(S, size + 2 * reach)
+  window = S if reach is None else min(S, size + sum(reach))
 
   @functools.partial(jax.checkpoint, prevent_cse=False)
   def body(k, v, key_tags, xs):
     i, q, tags = xs
     if window < S:
-      start = jnp.clip(i * size - reach, 0, S - window)
+      start = jnp.clip(i * size - reach[0], 0, S - window)
 
       def near(x, axis):
         return jax.lax.dynamic_slice_in_dim(x, start, window, axis)

@@ -128,15 +128,18 @@ def model_of(config: ConfigDict, vocab_size: int, budget: Budget) -> Any:
   return models.build(fields.pop('name'), **fields)
 
 
-def refuse_short_reach(model: Any, longest: int) -> None:
-  """Refuses a model whose attention looks less far than a document is long.
+def refuse_short_reach(model: Any, needed: tuple[int, int]) -> None:
+  """Refuses a model whose attention looks less far than the data's slots may see.
 
   Raises:
     ValueError: the model's `reach` would hide a part of a document from itself.
   """
   reach = getattr(model, 'reach', None)
-  if reach is not None and reach < longest - 1:
+  if reach is None:
+    return
+  have = (reach, reach) if isinstance(reach, int) else reach
+  if have[0] < needed[0] or have[1] < needed[1]:
     raise ValueError(
-      f'config.model.reach = {reach}, but the longest document has {longest} slots;'
-      f' set it to {longest - 1} or more, or to None'
+      f'config.model.reach = {reach}, but slots of this data see up to {needed[0]}'
+      f' back and {needed[1]} ahead; set it to {needed}, more, or None'
     )

@@ -91,7 +91,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, devices=None) -> str:
       max_bad_share=config.data.max_bad_share,
       workers=config.data.workers,
     )
-    build_lib.refuse_short_reach(parts.model, pipeline.longest)
+    build_lib.refuse_short_reach(parts.model, pipeline.reach)
     with sharding.use(parts.mesh, parts.rules):
       run = _Run(config, workdir, parts, pipeline, dataset, evaluators)
       return run.go()

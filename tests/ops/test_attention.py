@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmjax.batch import KeyTags, QueryTags
+from mmjax.batch import KeyTags, QueryTags, visible
 from mmjax.ops.attention import attend as plain_attend
 
 attend = jax.jit(
@@ -124,25 +124,42 @@ def test_a_query_that_sees_nothing_is_zero_with_finite_gradients(chunk):
   assert np.any(out[:, :3])
 
 
+def blocks(x):
+  """The same, but every three slots of a document share a rank, as in an image."""
+  q, k, v, query, key = x
+  rank = key.order // 3
+  return (
+    q, k, v,
+    QueryTags(query.segment_ids, 0 * rank, rank),
+    KeyTags(key.segment_ids, rank),
+  )  # fmt: skip
+
+
 @pytest.mark.parametrize('T', [40, 37])
 def test_reach_changes_nothing_where_the_promise_holds(T):
-  q, k, v, *tags = packed(0, T, longest=9)
+  q, k, v, *tags = blocks(packed(0, T, longest=9))
 
   def run(**kwargs):
     def f(q, k, v):
-      return jnp.sum(jnp.sin(attend(q, k, v, *tags, **kwargs)))
+      out = attend(q, k, v, *tags, **kwargs)
+      return jnp.sum(jnp.sin(out)), out
 
-    return jax.jit(jax.value_and_grad(f, (0, 1, 2)))(q, k, v)
+    return jax.jit(jax.grad(f, (0, 1, 2), has_aux=True))(q, k, v)
 
+  _, query, key = np.nonzero(visible(*tags))
+  exact = int((query - key).max()), int((key - query).max())
+  assert exact[0] > exact[1] > 0
   want = run(chunk=100)
-  got = run(chunk=6, reach=8)
-  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
-    np.testing.assert_allclose(g, w, rtol=1e-6, atol=2e-6)
+  for reach in (8, exact):
+    got = run(chunk=6, reach=reach)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+      np.testing.assert_allclose(g, w, rtol=1e-6, atol=2e-6)
 
 
-def test_reach_really_hides_far_keys():
-  x = packed(0, 40, longest=20)
-  assert not np.allclose(attend(*x, chunk=5, reach=3), attend(*x), atol=1e-3)
+@pytest.mark.parametrize('reach', [3, (3, 20), (20, 0)])
+def test_reach_really_hides_far_keys(reach):
+  x = blocks(packed(0, 40, longest=20))
+  assert not np.allclose(attend(*x, chunk=5, reach=reach), attend(*x), atol=1e-3)
 
 
 @pytest.mark.parametrize('reach', [None, 100])
@@ -173,7 +190,7 @@ def test_gqa_does_not_repeat_keys():
   ('change', 'message'),
   [
     (dict(chunk=0), 'chunk must be at least 1'),
-    (dict(reach=2), 'reach 2 needs T == S'),
+    (dict(reach=2), r'reach \(2, 2\) needs T == S'),
     (dict(K=3), '4 query heads do not divide over 3'),
     (dict(S=9, cut=True), 'axis S is 9 and 8'),
   ],

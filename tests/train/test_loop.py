@@ -300,7 +300,8 @@ def test_data_of_another_kind_is_refused(run, data, monkeypatch):
     (dict(sharding=dict(mesh=dict(data=3))), 'needs 3 devices, there are 8'),
     (dict(data=dict(budget=dict(image=dict(item=3)))), "no 'item'; did you mean 'items'"),
     (dict(optim=dict(freeze=('nothing',))), "'nothing' matches no parameter.*table"),
-    (dict(model=dict(name='unified', reach=9)), 'reach = 9, but .* 11 slots'),
+    (dict(model=dict(name='unified', reach=9)), 'reach = 9, but .* 10 back and 3'),
+    (dict(model=dict(name='unified', reach=(10, 2))), r'set it to \(10, 3\)'),
     (dict(model=dict(embed_dims=8)), "no field 'embed_dims'; did you mean 'embed_dim'"),
   ],
 )
