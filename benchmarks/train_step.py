@@ -101,7 +101,7 @@ def mixture_packed(found):
   budget = Budget(T, T, {'image': BankBudget(432, 3, SIZES['patch_channels'])})
   rows = []
   for example in sorted(found, key=len, reverse=True):
-    images = [e.media['image'].item_order.size if e.media else 0 for e in (example,)][0]
+    images = example.media['image'].item_order.size if example.media else 0
     for row in rows:
       if row['free'] >= len(example) and row['images'] >= images:
         break
@@ -138,7 +138,8 @@ def useful(batches):
   return int(sum((b.stream.segment_ids > 0).sum() for b in batches))
 
 
-def mmjax_parts(budget):
+def mmjax_parts(budget, devices=1):
+  import jax
   from ml_collections import ConfigDict
 
   from mmjax.train import build, config
@@ -162,20 +163,20 @@ def mmjax_parts(budget):
     clip_norm=1.0,
     options={'b2': 0.999},
   )
-  run.sharding.mesh = ConfigDict(dict(data=1))
-  return build.build(run, SIZES['vocab_size']), run
+  run.sharding.max_replicated = 1.0
+  return build.build(run, SIZES['vocab_size'], jax.devices()[:devices])
 
 
 class Mmjax:
   """The contestant: mmjax's own step, compiled once per shape."""
 
-  def __init__(self, batches, budget):
+  def __init__(self, batches, budget, devices):
     import jax
 
     from mmjax import sharding
     from mmjax.train import step
 
-    parts, run = mmjax_parts(budget)
+    parts = mmjax_parts(budget, devices)
     self.jax, self.parts = jax, parts
     with sharding.use(parts.mesh, parts.rules):
       self.state = parts.init(jax.random.key(0))
@@ -238,7 +239,7 @@ def copy_weights(params, model):
 
   def put(target, value):
     with torch.no_grad():
-      target.copy_(torch.from_numpy(np.ascontiguousarray(value)))
+      target.copy_(torch.from_numpy(np.array(value)))
 
   # mmjax multiplies the looked-up rows by sqrt(D)
   put(model.embed.weight, p['embed']['text'] * D**0.5)
@@ -266,7 +267,7 @@ def compare():
 
   batch, budget = fixed_batch()
   batch = jax.tree.map(lambda x: x[:2], batch)
-  parts, _ = mmjax_parts(budget)
+  parts = mmjax_parts(budget)
   params = parts.init(jax.random.key(0)).params
   model = torch_unified.Unified(torch_sizes())
   copy_weights(params, model)
@@ -276,15 +277,12 @@ def compare():
   return {'mmjax': float(total / sums['weight']), 'torch': there}
 
 
-CONTESTANTS = ('mmjax', 'torch', 'torch-trained', 'torch-bf16')
-
-
-def serve(name, case):
+def serve(name, case, devices):
   """A contestant's process: a line in, seconds out."""
   if name == 'mmjax':
     import jax
 
-    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_num_cpu_devices', devices)
   found = mixture_examples() if case == 'mixture' else None
   if name == 'mmjax':
     batches, budget = (
@@ -292,7 +290,7 @@ def serve(name, case):
       if case == 'mixture'
       else ([fixed_batch()[0]], fixed_batch()[1])
     )
-    contestant = Mmjax(batches, budget)
+    contestant = Mmjax(batches, budget, devices)
   else:
     batches = mixture_padded(found) if case == 'mixture' else [fixed_batch()[0]]
     head = 'trained' if name == 'torch-trained' else 'all'
@@ -316,11 +314,12 @@ def serve(name, case):
 
 
 class Process:
-  def __init__(self, name, case, preload=None):
+  def __init__(self, name, case, devices, preload=None):
     env = {**os.environ, 'OMP_NUM_THREADS': '2', 'JAX_PLATFORMS': 'cpu'}
     if preload:
       env['LD_PRELOAD'] = preload
     command = [sys.executable, __file__, '--serve', name, '--case', case]
+    command += ['--devices', str(devices)]
     pipe = subprocess.PIPE
     self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env)
     self.facts = self._read()
@@ -366,21 +365,24 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--rounds', type=int, default=7)
   parser.add_argument('--cases', default='fixed,mixture')
+  parser.add_argument(
+    '--devices', type=int, default=2, help='devices that mmjax makes of the CPU'
+  )
   parser.add_argument('--serve', help=argparse.SUPPRESS)
   parser.add_argument('--case', help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.serve:
-    serve(args.serve, args.case)
+    serve(args.serve, args.case, args.devices)
     return
-  report = {'benchmark': 'train_step', 'same_loss': compare()}
+  report = {'benchmark': 'train_step', 'devices': args.devices, 'same_loss': compare()}
   with tempfile.TemporaryDirectory() as folder:
     library = unlock(pathlib.Path(folder))
     for case in args.cases.split(','):
       names = {'mmjax': None, 'torch': None, 'torch-trained': None, 'torch-bf16': None}
-      running = {n: Process(n, case, p) for n, p in names.items()}
+      running = {n: Process(n, case, args.devices, p) for n, p in names.items()}
       if library:
         for n in ('torch', 'torch-trained'):
-          running[f'{n} unlocked'] = Process(n, case, library)
+          running[f'{n} unlocked'] = Process(n, case, args.devices, library)
       for _ in range(args.rounds):
         for process in running.values():
           process.round()
