@@ -47,13 +47,13 @@ def get_config(variant: str = '') -> ConfigDict:
       ),
       optim=dict(
         name='adamw',
-        learning_rate=3e-3,
-        schedule=dict(name='cosine', warmup_steps=80),
+        learning_rate=2e-3,
+        schedule=dict(name='cosine', warmup_steps=50),
         weight_decay=0.05,
         clip_norm=1.0,
       ),
       sharding=dict(preset='dp', max_replicated=1.0, cpu_devices=2),
-      train=dict(steps=860, log_every=20, checkpoint_every=200, keep=2),
+      train=dict(steps=950, log_every=20, checkpoint_every=200, keep=2),
       eval=dict(
         vqa=dict(
           split='test',
