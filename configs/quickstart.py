@@ -8,7 +8,8 @@ scores 0.373, the best guess without the picture 0.670, a public CNN + LSTM 0.87
 Model: one decoder of 0.9 M parameters; 8 x 8 patches enter its stream through a
 linear projection and see each other, text is causal.
 
-Expect: at most 10 minutes on 2 CPU cores, test accuracy >= 0.95 over all questions.
+Expect: about ten minutes on 2 CPU cores, test accuracy 0.868 over all questions, each
+asked alone (0.616 with the pictures of other documents, 0.586 with blank ones).
 
 COMMAND: python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 In under a minute (all of it works, nothing is learnt):
