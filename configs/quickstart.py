@@ -29,7 +29,6 @@ def get_config(variant: str = '') -> ConfigDict:
         path='data/easy_vqa',
         tokenizer='bpe:512',
         rows=4,
-        augment=('shuffle_turns',),
         image=dict(patch=8, resize='fixed', size=64),
         budget=dict(stream=1024, targets=160, image=dict(patches=512, items=8)),
       ),

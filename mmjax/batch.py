@@ -3,17 +3,24 @@
 A row of the batch holds several documents. Each slot of its stream carries
 small integer tags, and one rule serves every pattern of attention:
 
-  a query (segment, first, last) sees a key (segment, order)
-  iff the segments are equal and first <= order <= last.
+  a query (segment, order, first, last) sees a key (segment, order, until)
+  iff the segments are equal, first <= key's order <= last,
+  and query's order <= until.
 
-Two documents in a row of T = 9; the first shows an image of three slots `i`:
+So each side sets bounds on the other. Two documents in a row of T = 11; the first
+is an image of three slots `i` with two questions about it, which both see the
+image but not each other, as if each had been asked alone:
 
-  stream        a  i  i  i  b  c | d  e | .
-  segment_ids   1  1  1  1  1  1   2  2   0      0 = padding
-  order         0  1  1  1  2  3   0  1   0      one image = one rank
-  first         0  0  0  0  0  0   0  0   0
-  last          0  1  1  1  2  3   0  1  -1      padding sees nothing
-  source       -1  0  1  2 -1 -1  -1 -1  -1      where the slot is in its bank
+  stream        i  i  i  b  c  d  e | f  g  h | .
+  segment_ids   1  1  1  1  1  1  1   2  2  2   0      0 = padding
+  order         0  0  0  1  2  3  4   0  1  2   0      one image = one rank
+  first         0  0  0  0  0  0  0   0  0  0   0
+  last          0  0  0  1  2  3  4   0  1  2  -1      padding sees nothing
+  until         ~  ~  ~  2  2  4  4   ~  ~  ~   ~      ~ = `FOREVER`
+  source        0  1  2 -1 -1 -1 -1  -1 -1 -1  -1      where the slot is in its bank
+
+What ends somewhere is a branch of its document, the rest is the trunk. (FlashMask,
+2410.01359, has the same two bounds by column; it calls this a shared question.)
 
 Letters: B rows, T stream slots (queries), S keys, P patches, I items, C values
 per patch.
@@ -29,6 +36,9 @@ from mmjax.shape import check
 
 # A media slot's token. Negative, so that no vocabulary ever contains it.
 PLACEHOLDER = {'image': -1, 'audio': -2, 'video': -3}
+
+# The `until` of a slot that all later ones may see.
+FOREVER = np.iinfo(np.int32).max
 
 Array = Any  # np.ndarray, jax.Array or jax.ShapeDtypeStruct
 
@@ -52,19 +62,24 @@ def _pytree(cls):
 
 @_pytree
 class QueryTags:
-  """Tags of queries, each i32[B, T]: a query sees orders first..last of its segment."""
+  """Tags of queries, each i32[B, T]: a query sees orders first..last of its segment.
+
+  Its own `order` is only needed against keys that have `until`.
+  """
 
   segment_ids: Array
   first: Array
   last: Array
+  order: Array | None = None
 
 
 @_pytree
 class KeyTags:
-  """Tags of keys, each i32[B, S]."""
+  """Tags of keys, each i32[B, S]; without `until`, all are seen forever."""
 
   segment_ids: Array
   order: Array
+  until: Array | None = None
 
 
 @_pytree
@@ -75,6 +90,7 @@ class Stream:
   segment_ids: i32[B, T] which document of the row, from 1; 0 = padding
   order:       i32[B, T] rank for attention inside the document
   first, last: i32[B, T] interval of ranks this slot may see
+  until:       i32[B, T] the last rank that may see this slot; FOREVER = no bound
   positions:   i32[B, T, 3] time, height, width (text: all three equal)
   weights:     f32[B, T] loss weight of predicting this token; 0 = not trained
   source:      i32[B, T] index among the row's media slots of its kind; -1 = text
@@ -85,17 +101,18 @@ class Stream:
   order: Array
   first: Array
   last: Array
+  until: Array
   positions: Array
   weights: Array
   source: Array
 
   @property
   def query_tags(self) -> QueryTags:
-    return QueryTags(self.segment_ids, self.first, self.last)
+    return QueryTags(self.segment_ids, self.first, self.last, self.order)
 
   @property
   def key_tags(self) -> KeyTags:
-    return KeyTags(self.segment_ids, self.order)
+    return KeyTags(self.segment_ids, self.order, self.until)
 
 
 @_pytree
@@ -125,14 +142,23 @@ class PackedBatch:
 
 
 def visible(query_tags: QueryTags, key_tags: KeyTags) -> Array:
-  """The rule of visibility, bool[B, T, S]; True = may attend."""
+  """The rule of visibility, bool[B, T, S]; True = may attend.
+
+  Raises:
+    ValueError: shapes that don't fit, or keys with `until` and queries without `order`.
+  """
   check('B T', query_tags.segment_ids, 'B S', key_tags.segment_ids)
   order = key_tags.order[:, None, :]
-  return (
+  seen = (
     (query_tags.segment_ids[:, :, None] == key_tags.segment_ids[:, None, :])
     & (query_tags.first[:, :, None] <= order)
     & (order <= query_tags.last[:, :, None])
   )
+  if key_tags.until is None:
+    return seen
+  if query_tags.order is None:
+    raise ValueError("visible: keys with tags `until` need the queries' `order`")
+  return seen & (query_tags.order[:, :, None] <= key_tags.until[:, None, :])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +198,7 @@ class Budget:
       order=i32(B, T),
       first=i32(B, T),
       last=i32(B, T, fill=-1),
+      until=i32(B, T, fill=FOREVER),
       positions=i32(B, T, 3),
       weights=np.zeros((B, T), np.float32),
       source=i32(B, T, fill=-1),

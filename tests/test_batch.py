@@ -1,24 +1,34 @@
 import jax
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmjax.batch import BankBudget, Budget, KeyTags, QueryTags, visible
+from mmjax.batch import FOREVER, BankBudget, Budget, KeyTags, QueryTags, visible
 
 TAG = st.integers(-2, 4)
 
 
 @given(
+  st.lists(st.tuples(TAG, TAG, TAG, TAG), min_size=1, max_size=6),
   st.lists(st.tuples(TAG, TAG, TAG), min_size=1, max_size=6),
-  st.lists(st.tuples(TAG, TAG), min_size=1, max_size=6),
 )
 def test_visible_is_the_rule_of_the_contract(queries, keys):
   q = np.array(queries, np.int32).T[:, None]
   k = np.array(keys, np.int32).T[:, None]
   seen = visible(QueryTags(*q), KeyTags(*k))
-  for t, (segment, first, last) in enumerate(queries):
-    for s, (key_segment, order) in enumerate(keys):
-      assert seen[0, t, s] == (segment == key_segment and first <= order <= last)
+  forever = visible(QueryTags(*q[:3]), KeyTags(*k[:2]))
+  for t, (segment, first, last, rank) in enumerate(queries):
+    for s, (key_segment, order, until) in enumerate(keys):
+      sees = segment == key_segment and first <= order <= last
+      assert forever[0, t, s] == sees
+      assert seen[0, t, s] == (sees and rank <= until)
+
+
+def test_keys_that_end_need_queries_with_an_order():
+  one = np.ones((1, 2), np.int32)
+  with pytest.raises(ValueError, match="need the queries' `order`"):
+    visible(QueryTags(one, one, one), KeyTags(one, one, one))
 
 
 def test_patterns_of_the_design():
@@ -36,6 +46,15 @@ def test_patterns_of_the_design():
   )
   window = mask([0, 1, 2, 3], [-1, 0, 1, 2], [0, 1, 2, 3])  # w = 1
   np.testing.assert_array_equal(window, np.tril(np.triu(np.ones((4, 4), int), -1)))
+  # the picture in the docstring: both questions see the image, not each other
+  rank = np.array([[0, 0, 0, 1, 2, 3, 4]], np.int32)
+  until = np.array([[FOREVER] * 3 + [2, 2, 4, 4]], np.int32)
+  one = np.ones_like(rank)
+  branches = visible(QueryTags(one, 0 * rank, rank, rank), KeyTags(one, rank, until))
+  want = np.zeros((7, 7), int)
+  want[:, :3] = 1
+  want[3:5, 3:5] = want[5:, 5:] = np.tril(np.ones((2, 2), int))
+  np.testing.assert_array_equal(branches[0], want)
 
 
 def test_padding_sees_nothing_and_is_a_pytree_of_static_shape():
@@ -43,7 +62,7 @@ def test_padding_sees_nothing_and_is_a_pytree_of_static_shape():
   batch = budget.empty(rows=3)
   assert not visible(batch.stream.query_tags, batch.stream.key_tags).any()
   leaves = jax.tree.leaves(batch)
-  assert len(leaves) == 8 + 5
+  assert len(leaves) == 9 + 5
   assert all(leaf.shape[0] == 3 for leaf in leaves)
   again = jax.tree.map(lambda x: x, batch)
   assert again.bank['image'].values.shape == (3, 6, 12)

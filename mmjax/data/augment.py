@@ -1,6 +1,6 @@
 """Augmentation: what may change from epoch to epoch without changing what is true.
 
-  image  Q1 A1  Q2 A2  Q3 A3      ->   image (mirrored)  Q3 A3  Q1 A1  Q2 A2
+  image  question  answer      ->      image (mirrored)  question  answer
 
 Each is a frozen dataclass with one `map`, a pure function of the document and a
 generator seeded with (seed, document, epoch); so a resumed run sees the same.
@@ -22,43 +22,6 @@ _SIDES = re.compile(r'\b(left|right)(\b|-|most|hand|ward)', re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
-class ShuffleTurns:
-  """Asks the questions of a document in another order.
-
-  A turn is prompts (untrained text) and the answers (trained) that follow. Turns
-  change places among those of the same stretch between media. Without it, the
-  first question after an image is always the same, and the only one that can't
-  lean on what earlier turns gave away. For sets of questions, not for dialogues.
-  """
-
-  def map(self, document: Document, rng: np.random.Generator) -> Document:
-    spans, turns = [], []
-
-    def flush():
-      spans.extend(span for i in rng.permutation(len(turns)) for span in turns[i])
-      turns.clear()
-
-    for span in document.spans:
-      if not isinstance(span, Text):
-        flush()
-        spans.append(span)
-      elif span.trained and not turns:
-        spans.append(span)  # an answer without a prompt stays where it is
-      elif span.trained or (turns and not turns[-1][-1].trained):
-        turns[-1].append(span)
-      else:
-        turns.append([span])
-    if turns and not turns[-1][-1].trained:
-      last = turns.pop()  # a prompt without an answer stays at the end
-      flush()
-      spans.extend(last)
-    flush()
-    # `meta['types']` follows the old order of the answers.
-    meta = {k: v for k, v in document.meta.items() if k != 'types'}
-    return Document(tuple(spans), document.id, meta)
-
-
-@dataclasses.dataclass(frozen=True)
 class Mirror:
   """Mirrors all images of every other document, left to right.
 
@@ -70,16 +33,18 @@ class Mirror:
     if rng.random() < 0.5 or any(map(_SIDES.search, texts)):
       return document
     spans = tuple(
-      Image(media.pixels(span)[:, ::-1]) if isinstance(span, Image) else span
+      dataclasses.replace(span, content=media.pixels(span)[:, ::-1])
+      if isinstance(span, Image)
+      else span
       for span in document.spans
     )
     return dataclasses.replace(document, spans=spans)
 
 
-AUGMENTATIONS = {'shuffle_turns': ShuffleTurns, 'mirror': Mirror}
+AUGMENTATIONS = {'mirror': Mirror}
 
 
-def build(names: Sequence[str]) -> tuple[ShuffleTurns | Mirror, ...]:
+def build(names: Sequence[str]) -> tuple[Mirror, ...]:
   """The augmentations of these names.
 
   Raises:

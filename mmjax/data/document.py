@@ -3,10 +3,17 @@
   Document((Image(png), Text('what shape is it?', False), Text(' circle', True)))
 
 `trained` says whether the loss counts the span: answers yes, prompts no.
+`branch` says who sees it: spans of branch 0, the trunk, are seen by all that
+follows; those of a branch 1, 2, ... only inside that branch. So one image, held
+once, serves any number of questions or captions that know nothing of each other:
+
+  Document((Image(png), Text('what shape?', branch=1), Text(' circle', True, 1),
+                        Text('is it red?', branch=2), Text(' no', True, 2)))
+
 Captions, dialogues, web pages and few-shot prompts are all Documents; no task
 has a format of its own. On disk a document is one msgpack map,
 
-  {version, id, meta, spans: [['text', text, trained], ['image', bytes], ...]}
+  {version, id, meta, spans: [['text', branch, text, trained], ['image', 0, bytes], ...]}
 
 in which arrays are {dtype, shape, data}, and nothing can carry code.
 """
@@ -18,7 +25,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-VERSION = 1
+VERSION = 2
 KINDS = ('image', 'audio', 'video')  # `Index.item_kind` counts in this order
 _DTYPES = ('|u1', '<i2', '<f4')  # of arrays on disk
 
@@ -41,6 +48,7 @@ class Text:
 
   text: str
   trained: bool = False
+  branch: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,6 +56,7 @@ class Image:
   """An image: an encoded file's bytes, or u8[H, W, 3]."""
 
   content: bytes | np.ndarray
+  branch: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,6 +65,7 @@ class Audio:
 
   wave: np.ndarray | bytes
   rate: float
+  branch: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,6 +74,7 @@ class Video:
 
   frames: np.ndarray | bytes
   fps: float
+  branch: int = 0
 
 
 Span = Text | Image | Audio | Video
@@ -144,27 +155,29 @@ def decode(record: bytes) -> Document:
 
 
 def _pack(span: Span) -> list[Any]:
-  kind = kind_of(span)
+  kind, branch = kind_of(span), int(span.branch)
   if kind == 'text':
-    return ['text', span.text, bool(span.trained)]
+    return ['text', branch, span.text, bool(span.trained)]
   if kind == 'image':
     content = span.content
-    return ['image', content if isinstance(content, bytes) else _png(content)]
+    return ['image', branch, content if isinstance(content, bytes) else _png(content)]
   if kind == 'audio':
-    return ['audio', _pack_array(span.wave, 1), float(span.rate)]
-  return ['video', _pack_array(span.frames, 4), float(span.fps)]
+    return ['audio', branch, _pack_array(span.wave, 1), float(span.rate)]
+  return ['video', branch, _pack_array(span.frames, 4), float(span.fps)]
 
 
 def _unpack(fields: list[Any]) -> Span:
-  kind, *rest = fields
+  kind, branch, *rest = fields
+  if type(branch) is not int:
+    raise ValueError(f'branch {branch!a}')
   if kind == 'text':
-    return Text(*rest)
+    return Text(*rest, branch=branch)
   if kind == 'image':
-    return Image(*rest)
+    return Image(*rest, branch=branch)
   if kind in ('audio', 'video'):
     content, rate = rest
     content = content if isinstance(content, bytes) else _unpack_array(content)
-    return (Audio if kind == 'audio' else Video)(content, rate)
+    return (Audio if kind == 'audio' else Video)(content, rate, branch)
   raise BadDocument('unknown_span', f'{kind!a}; known: text, {", ".join(KINDS)}')
 
 

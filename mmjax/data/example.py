@@ -8,6 +8,14 @@
   weights     0  0            0 0           1 1
   source      0  1           -1 -1         -1 -1
 
+A branch of the document (see `data.document`) is seen until its last slot, and its
+positions start where the trunk stands, as if nothing stood between:
+
+  spans      Image    branch 1   branch 2   trunk
+  order      0        1 2 3      4 5        6 7
+  until      forever  3 3 3      5 5        forever
+  positions  0        1 2 3      1 2        1 2
+
 Positions of media follow M-RoPE (Qwen2-VL, 2409.12191): text counts on from
 the largest side of the grid before it.
 """
@@ -19,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.batch import PLACEHOLDER, Item
+from mmjax.batch import FOREVER, PLACEHOLDER, Item
 from mmjax.data import media as media_lib
 from mmjax.data.document import BadDocument, Document, Image, kind_of
 
@@ -46,7 +54,7 @@ class MediaArrays:
 class Example:
   """One document of n slots; tags as in `batch.Stream`, without the row's padding.
 
-  tokens, order, first, last, source: i32[n]; positions: i32[n, 3];
+  tokens, order, first, last, until, source: i32[n]; positions: i32[n, 3];
   weights: f32[n]; media: by kind, only the kinds there are.
   """
 
@@ -54,6 +62,7 @@ class Example:
   order: np.ndarray
   first: np.ndarray
   last: np.ndarray
+  until: np.ndarray
   positions: np.ndarray
   weights: np.ndarray
   source: np.ndarray
@@ -88,7 +97,7 @@ def to_example(
 
   Raises:
     BadDocument: 'unsupported_<kind>' without a rule, 'empty', 'nothing_trained',
-      or what decoding says.
+      'bad_branch' (negative, or its spans stand apart), or what decoding says.
     ValueError: an unknown `image_attention`.
   """
   if image_attention not in ('block', 'causal'):
@@ -96,6 +105,7 @@ def to_example(
   parts = _Parts()
   for span in document.spans:
     kind = kind_of(span)
+    parts.branch(span.branch, document.id)
     if kind == 'text':
       ids = tokenizer.encode(span.text)
       parts.text([*ids, tokenizer.end_id] if span.trained else ids, span.trained)
@@ -124,13 +134,35 @@ class _Parts:
   """Collects the arrays of spans one after the other."""
 
   def __init__(self):
+    self.current, self.branches = 0, {0}  # the branch we are in; all that were
+    self.fork = None  # the trunk's position where the branch left it
     self.rank = 0  # the next slot's order
     self.position = 0  # the next text token's position
     self.ids, self.trained = [], []  # of texts since the last item
     self.tokens, self.order, self.positions = [], [], []
-    self.weights, self.source = [], []
+    self.until, self.weights, self.source = [], [], []
     self.num_slots = {}  # by kind
     self.media = {}
+
+  def branch(self, branch, name):
+    """What comes next is of this branch."""
+    if branch == self.current:
+      return
+    if branch < 0 or (branch and branch in self.branches):
+      why = 'is negative' if branch < 0 else 'stands in two places'
+      raise BadDocument('bad_branch', f'document {name!a}: branch {branch} {why}')
+    self.branches.add(branch)
+    self._close_text()
+    self._close_branch()
+    self.current = branch
+    self.fork = self.position if branch else None
+
+  def _close_branch(self):
+    until = self.rank - 1 if self.current else FOREVER
+    for order in self.order[len(self.until) :]:
+      self.until.append(np.full(len(order), until, np.int32))
+    if self.current:
+      self.position = self.fork
 
   def text(self, ids, trained):
     self.ids += ids
@@ -167,6 +199,7 @@ class _Parts:
 
   def example(self, name) -> Example:
     self._close_text()
+    self._close_branch()
     n = sum(map(len, self.tokens))
     if not n:
       raise BadDocument('empty', f'document {name!a} holds nothing')
@@ -180,6 +213,7 @@ class _Parts:
       order=order,
       first=np.zeros_like(order),
       last=order.copy(),
+      until=np.concatenate(self.until),
       positions=np.concatenate(self.positions),
       weights=weights,
       source=np.concatenate(self.source),

@@ -18,7 +18,7 @@ from mmjax.batch import PLACEHOLDER, BankBudget, Budget, PackedBatch
 from mmjax.data.example import Example
 from mmjax.data.plan import Lengths, limits
 
-_COPIED = ('tokens', 'order', 'first', 'last', 'positions', 'weights')
+_COPIED = ('tokens', 'order', 'first', 'last', 'until', 'positions', 'weights')
 
 
 def needs_of(example: Example) -> dict[str, int]:

@@ -5,6 +5,7 @@
                {"spans": [{"image": "cat.png"}, {"text": "what is it?"},
                           {"text": " a cat", "trained": true}],
                 "id": "7", "split": "train", "meta": {"types": ["animal"]}}
+               (spans may have "branch": 1, ... see `data.document`)
   tfds:NAME    TensorFlow Datasets through `tfds.data_source`, without TensorFlow
 
 What can't become a document comes as (split, BadDocument), to be counted.
@@ -65,8 +66,8 @@ class EasyVqa:
         turns.setdefault(image, []).append((question, answer))
       for image, pairs in sorted(turns.items()):
         spans = [Image(pathlib.Path(paths[image]).read_bytes())]
-        for question, answer in pairs:
-          spans += [Text(question), Text(f' {answer}', trained=True)]
+        for turn, (question, answer) in enumerate(pairs, start=1):
+          spans += [Text(question, False, turn), Text(f' {answer}', True, turn)]
         types = [question_type(*pair) for pair in pairs]
         yield split, Document(tuple(spans), f'{split}/{image}', {'types': types})
 
@@ -152,18 +153,21 @@ def _line(tree: dict[str, Any], folder: pathlib.Path, name: str) -> Document:
     value, trained = span[kind], span.get('trained', False)
     if not isinstance(value, str) or not isinstance(trained, bool):
       raise BadDocument('bad_line', f'{kind} must be a string, "trained" true or false')
+    branch = span.get('branch', 0)
+    if type(branch) is not int or branch < 0:
+      raise BadDocument('bad_line', f'"branch" must be 0, 1, ..., not {branch!a}')
     if kind == 'text':
       if any('\ud800' <= c <= '\udfff' for c in value):
         raise BadDocument('not_unicode', f'{value[:40]!a} holds lone surrogates')
-      spans.append(Text(value, trained))
+      spans.append(Text(value, trained, branch))
       continue
     content = _file(folder, value)
     rate = span.get({'audio': 'rate', 'video': 'fps'}.get(kind), 0)
     if isinstance(rate, bool) or not isinstance(rate, (int, float)):
       raise BadDocument('bad_line', f'{kind}: rate and fps are numbers')
     spans.append(
-      Image(content) if kind == 'image' else
-      Audio(content, rate) if kind == 'audio' else Video(content, rate)
+      Image(content, branch) if kind == 'image' else
+      (Audio if kind == 'audio' else Video)(content, rate, branch)
     )  # fmt: skip
   return Document(tuple(spans), str(tree.get('id', name)), meta)
 
@@ -196,6 +200,8 @@ class Tfds:
   prompt: feature of a text (or texts) that isn't trained.
   text: feature of the trained text (or texts, one per prompt). A class label is
     read as its name. After a prompt, a space is put in front.
+
+  Several texts about the same media are branches: none sees another.
   """
 
   name: str
@@ -250,10 +256,11 @@ class Tfds:
         'bad_record', f'{name}: {len(prompts)} prompts, {len(texts)} texts'
       )
     for j, text in enumerate(texts):
+      branch = j + 1 if len(texts) > 1 else 0
       if prompts:
-        spans += [Text(prompts[j]), Text(f' {text}', trained=True)]
+        spans += [Text(prompts[j], False, branch), Text(f' {text}', True, branch)]
       else:
-        spans.append(Text(text, trained=True))
+        spans.append(Text(text, True, branch))
     return Document(tuple(spans), name)
 
 

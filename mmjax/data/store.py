@@ -24,7 +24,7 @@ from mmjax.data import document as document_lib
 from mmjax.data import tokenizer as tokenizer_lib
 from mmjax.data.document import BadDocument, Document
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -27,9 +27,9 @@ _GREY = 128
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """One question of a document: the media before it, its text and its answer."""
+  """One question of a document: which of its media come before it, text and answer."""
 
-  media: tuple
+  media: tuple[int, ...]
   text: str
   answer: str
   turn: int
@@ -54,20 +54,22 @@ def questions(document: Document) -> list[Question]:
   """All questions of a document, one for each trained text.
 
   The question is the untrained text right before the answer; an answer without
-  one (a caption) is asked with its media alone.
+  one (a caption) is asked with its media alone: those of the trunk, and of its branch.
   """
   types = document.meta.get('types', ())
   found, seen = [], []
   for i, span in enumerate(document.spans):
     if not isinstance(span, Text):
-      seen.append(span)
+      seen.append(span.branch)
     elif span.trained:
       before = document.spans[i - 1] if i else None
       asked = isinstance(before, Text) and not before.trained
+      asked = asked and before.branch in (0, span.branch)
       turn = len(found)
       kind = types[turn] if turn < len(types) else ''
       text = before.text if asked else ''
-      found.append(Question(tuple(seen), text, span.text.strip(), turn, kind))
+      shown = tuple(i for i, b in enumerate(seen) if b in (0, span.branch))
+      found.append(Question(shown, text, span.text.strip(), turn, kind))
   return found
 
 
@@ -121,8 +123,8 @@ def collect(
       pixels = [_decoded(s) for s in _media(document.spans)]
       own, blank = [], []
       for q in found:
-        shown = pixels[: len(q.media)]
-        places = tuple((index, place) for place in range(len(shown)))
+        shown = [pixels[place] for place in q.media]
+        places = tuple((index, place) for place in q.media)
         own.append(pool.add(places, lambda shown=shown: shown, q.text))
         sizes = tuple((kind_of(s), *media.native_size(s)) for s in shown)
         grey = [_blank(s) for s in shown]
@@ -141,10 +143,10 @@ def collect(
     for q, own_prompt, blank_prompt in zip(found, own, blank):
       shuffled = blank_prompt
       if donated and q.media:
-        chosen = _swapped(q.media, donated)
+        chosen = _swapped([_media(document.spans)[i] for i in q.media], donated)
         places = tuple((other, place) for place in chosen)
         shuffled = pool.add(
-          places, lambda d=donated, c=chosen: [d[place] for place in c], q.text
+          places, lambda d=donated, c=chosen: [_decoded(d[i]) for i in c], q.text
         )
       record = dict(index=index, document=document.id or str(index), turn=q.turn)
       record.update(type=q.type, question=q.text.strip(), answer=q.answer)
@@ -199,7 +201,10 @@ def _media(spans) -> list:
 
 
 def _decoded(span):
-  return Image(media.pixels(span)) if isinstance(span, Image) else span
+  """The span on the trunk, an image as pixels."""
+  if isinstance(span, Image):
+    return Image(media.pixels(span))
+  return dataclasses.replace(span, branch=0)
 
 
 def _swapped(own: Sequence, donated: Sequence) -> list[int]:

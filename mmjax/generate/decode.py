@@ -8,7 +8,8 @@ segment 0 and is seen by nobody:
   row 0    i i a b c | x y z
   row 1    i i a . . | x e e             stopped: end_id from there on
 
-Order, position and segment go on from each row's last real slot. Everything is
+Order, position and segment go on from the last slot of each row's trunk (see
+`mmjax.batch`). Everything is
 one compiled program per shape: prefill by the same modules as in training, and
 a loop that stops when every row has ended.
 """
@@ -20,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmjax.batch import PackedBatch, Stream
+from mmjax.batch import FOREVER, PackedBatch, Stream
 from mmjax.generate.sampling import Greedy, Sampler
 from mmjax.sharding import constrain
 
@@ -114,11 +115,16 @@ def generate(
 _cached = functools.lru_cache(maxsize=32)(make_generate)
 
 
+def _trunk(stream: Stream) -> jax.Array:
+  """bool[B, T], the slots that are no padding and that what follows may see."""
+  return (stream.segment_ids > 0) & (stream.until == FOREVER)
+
+
 def _last_slot(stream: Stream) -> jax.Array:
-  """i32[B], each row's last slot that is not padding; 0 in an empty row."""
+  """i32[B], the last slot of each row's trunk; 0 in an empty row."""
   T = stream.segment_ids.shape[1]
   slot = jnp.arange(T, dtype=jnp.int32)[None]
-  return jnp.max(jnp.where(stream.segment_ids > 0, slot, 0), 1)
+  return jnp.max(jnp.where(_trunk(stream), slot, 0), 1)
 
 
 def _following(stream: Stream) -> Callable[[jax.Array, jax.Array], Stream]:
@@ -130,7 +136,7 @@ def _following(stream: Stream) -> Callable[[jax.Array, jax.Array], Stream]:
   order = jnp.max(jnp.where(real, stream.order, -1), 1, keepdims=True) + 1
   # An image's largest position is its start + max(grid) - 1, so this is right after it.
   far = jnp.max(stream.positions, -1)
-  position = jnp.max(jnp.where(real, far, -1), 1, keepdims=True) + 1
+  position = jnp.max(jnp.where(_trunk(stream), far, -1), 1, keepdims=True) + 1
 
   def token(tokens, i):
     B = tokens.shape[0]
@@ -140,6 +146,7 @@ def _following(stream: Stream) -> Callable[[jax.Array, jax.Array], Stream]:
       order=order + i,
       first=first,
       last=order + i,
+      until=jnp.full((B, 1), FOREVER, jnp.int32),
       positions=jnp.broadcast_to((position + i)[..., None], (B, 1, 3)),
       weights=jnp.zeros((B, 1), jnp.float32),
       source=jnp.full((B, 1), -1, jnp.int32),

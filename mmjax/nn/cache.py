@@ -51,7 +51,7 @@ def empty_cache(
     return constrain(jnp.zeros(shape, dtype), *names)
 
   layers = tuple(KV(zeros(), zeros()) for _ in range(1 if stacked else num_layers))
-  tags = KeyTags(*(jnp.zeros((rows, slots), jnp.int32) for _ in range(2)))
+  tags = KeyTags(*(jnp.zeros((rows, slots), jnp.int32) for _ in range(3)))
   return Cache(tags, layers[0] if stacked else layers)
 
 

@@ -45,8 +45,7 @@ def attend(
   Args:
     q: f[B, T, N, H] queries; heads n * N/K ... share one key head.
     k, v: f[B, S, K, H]
-    query_tags: i32[B, T] each.
-    key_tags: i32[B, S] each.
+    query_tags, key_tags: i32[B, T] and i32[B, S] each; see `mmjax.batch`.
     scale: of the logits; default H ** -0.5.
     logits_soft_cap: c * tanh(logits / c) (Gemma 2, 2408.00118), None = off.
     chunk: at most so many queries at once.
@@ -98,11 +97,8 @@ def _in_chunks(part, q, k, v, query_tags, key_tags, size, reach):
     x = x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
     return jnp.moveaxis(x, axis, 0)
 
-  queries = QueryTags(
-    split(query_tags.segment_ids, 1),
-    split(query_tags.first, 1),
-    split(query_tags.last, 1, -1),
-  )
+  # Queries that fill up the last chunk have segment -1, which no key has.
+  queries = jax.tree.map(lambda x: split(x, 1, -1), query_tags)
   window = S if reach is None else min(S, size + sum(reach))
 
   @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -115,7 +111,7 @@ def _in_chunks(part, q, k, v, query_tags, key_tags, size, reach):
         return jax.lax.dynamic_slice_in_dim(x, start, window, axis)
 
       k, v = near(k, 2), near(v, 2)
-      key_tags = KeyTags(near(key_tags.segment_ids, 1), near(key_tags.order, 1))
+      key_tags = jax.tree.map(lambda x: near(x, 1), key_tags)
     return part(q, k, v, tags, key_tags)
 
   out = jax.lax.map(

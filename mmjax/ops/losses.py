@@ -1,10 +1,12 @@
 """Next-token loss, computed only where a token is trained.
 
-Token t is predicted from the hidden state of slot t - 1 of the same document:
+Token t is predicted from the hidden state of the slot before it in its document:
 
   stream    q  q  q  A  e | q  q  A  e  .  .     A, e: trained (weights > 0)
   targets            ^  ^         ^  ^           slots 3 4 7 8
   hidden          ^  ^         ^  ^              slots 2 3 6 7
+
+Before the first slot of a branch (see `mmjax.batch`) stands the last one of the trunk.
 
 A row has a fixed number of places for targets, so head and softmax see
 [B, num_targets] instead of [B, T] slots, and those in chunks that are made anew
@@ -19,16 +21,33 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mmjax.batch import Stream
+from mmjax.batch import FOREVER, Stream
 from mmjax.shape import check
 
 
+def previous_slots(stream: Stream) -> jax.Array:
+  """i32[B, T], the slot before each in its document, -1 where there is none.
+
+  That is t - 1, or, if t can't see what ends there, the trunk's last slot so far.
+  """
+  T = stream.tokens.shape[1]
+  slot = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), stream.tokens.shape)
+  trunk = jax.lax.cummax(jnp.where(stream.until == FOREVER, slot, -1), axis=1)
+
+  def before(x, fill):
+    return jnp.pad(x[:, :-1], ((0, 0), (1, 0)), constant_values=fill)
+
+  before_ends = before(stream.until, FOREVER) < stream.order
+  previous = jnp.where(before_ends, before(trunk, -1), slot - 1)
+  segments = jnp.take_along_axis(stream.segment_ids, jnp.maximum(previous, 0), 1)
+  return jnp.where(segments == stream.segment_ids, previous, -1)
+
+
 def trained_slots(stream: Stream) -> jax.Array:
-  """bool[B, T], True where the token is a target: text of weight > 0, and not the first
-  slot of its document, which nothing precedes."""
-  segments = stream.segment_ids
-  same = jnp.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (1, 0)))
-  return (stream.weights > 0) & same & (segments > 0) & (stream.tokens >= 0)
+  """bool[B, T], True where the token is a target: text of weight > 0 that has a slot
+  before it in its document."""
+  real = (stream.segment_ids > 0) & (stream.tokens >= 0)
+  return (stream.weights > 0) & real & (previous_slots(stream) >= 0)
 
 
 def select_targets(stream: Stream, num_targets: int) -> tuple[jax.Array, jax.Array]:
@@ -36,14 +55,14 @@ def select_targets(stream: Stream, num_targets: int) -> tuple[jax.Array, jax.Arr
 
   Returns:
     slots i32[B, num_targets], and bool[B, num_targets]: False where the row has
-    fewer targets (the slot is then 1, a harmless place to read).
+    fewer targets (the slot is then 0, a harmless place to read).
   """
   targets = trained_slots(stream)
   B, T = targets.shape
   rank = jnp.cumsum(targets, 1, dtype=jnp.int32) - 1
   # Targets beyond the last place, and slots that are none, are written outside.
   place = jnp.where(targets, rank, num_targets)
-  slots = jnp.ones((B, num_targets), jnp.int32)
+  slots = jnp.zeros((B, num_targets), jnp.int32)
   rows = jnp.broadcast_to(jnp.arange(B)[:, None], (B, T))
   values = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
   slots = slots.at[rows, place].set(values, mode='drop')
@@ -90,7 +109,8 @@ def next_token_loss(
   slots, used = select_targets(stream, num_targets)
   tokens = jnp.take_along_axis(stream.tokens, slots, 1)
   weights = jnp.where(used, jnp.take_along_axis(stream.weights, slots, 1), 0.0)
-  hidden = jnp.take_along_axis(hidden, slots[..., None] - 1, 1)
+  previous = jnp.take_along_axis(previous_slots(stream), slots, 1)
+  hidden = jnp.take_along_axis(hidden, jnp.maximum(previous, 0)[..., None], 1)
 
   count = math.ceil(num_targets / chunk)
   size = math.ceil(num_targets / count)

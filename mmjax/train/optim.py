@@ -6,12 +6,14 @@ The direction comes from optax. A frozen parameter is taken out of the tree befo
 the gradient is taken: no gradient, no optimizer memory, no change of a bit.
 Patterns are those of the shell (`fnmatch`) on paths like 'layers/mlp/up'; one that
 matches nothing is an error. AdamW: Loshchilov & Hutter 1711.05101; Adafactor:
-Shazeer & Stern 1804.04235; Lion: Chen et al. 2302.06675.
+Shazeer & Stern 1804.04235; Lion: Chen et al. 2302.06675; Muon: Jordan 2024, scaled as
+by Liu et al. 2502.16982.
 """
 
 import dataclasses
 import fnmatch
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,11 +27,12 @@ from mmjax.train.config import closest
 Schedule = Callable[[jax.Array], jax.Array]
 
 
-def _adamw(*, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8):
+def _adamw(names, *, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8):
   return optax.scale_by_adam(b1, b2, eps)
 
 
 def _adafactor(
+  names,
   *,
   decay_rate: float = 0.8,
   min_dim_size_to_factor: int = 128,
@@ -47,15 +50,86 @@ def _adafactor(
   return optax.chain(*parts)
 
 
-def _lion(*, b1: float = 0.9, b2: float = 0.99):
+def _lion(names, *, b1: float = 0.9, b2: float = 0.99):
   return optax.scale_by_lion(b1, b2)
 
 
-def _sgd(*, momentum: float = 0.9, nesterov: bool = False):
+def _muon(
+  names,
+  *,
+  momentum: float = 0.95,
+  ns_steps: int = 5,
+  rms: float = 0.2,
+  b1: float = 0.9,
+  b2: float = 0.95,
+  eps: float = 1e-8,
+):
+  """Momentum, made orthogonal, for kernels of the layers; Adam for all others.
+
+  An update has the root mean square `rms`, which is about Adam's, so that both
+  kinds share learning rate and decay.
+  """
+  dims = jax.tree.map(_matrix, names, is_leaf=_is_spec)
+
+  def over(tree, f):  # leaves that are frozen, or not Muon's, stay what they are
+    def one(x, dim):
+      return x if x is None or isinstance(x, optax.MaskedNode) else f(dim)
+
+    return jax.tree.map(
+      one, tree, dims, is_leaf=lambda x: x is None or isinstance(x, optax.MaskedNode)
+    )
+
+  def orthogonal(tree):
+    return over(tree, lambda dim: dim)
+
+  def labels(tree):
+    return over(tree, lambda dim: 'adam' if dim is None else 'muon')
+
+  def scale(updates, state, params=None):
+    del params
+
+    def one(x, dim):
+      sides = (math.prod(x.shape[i] for i in axes) for axes in dim)
+      return rms * math.sqrt(max(sides)) * x
+
+    return jax.tree.map(one, updates, orthogonal(updates)), state
+
+  matrices = optax.chain(
+    optax.contrib.scale_by_muon(
+      ns_steps=ns_steps, beta=momentum, weight_dimension_numbers=orthogonal
+    ),
+    optax.GradientTransformation(lambda _: optax.EmptyState(), scale),
+  )
+  return optax.partition(
+    {'muon': matrices, 'adam': optax.scale_by_adam(b1, b2, eps)}, labels
+  )
+
+
+def _matrix(spec):
+  """Which axes of a kernel are the two sides of a matrix; None if it is none.
+
+  One side is the residual stream; what is stacked is many matrices. Tables of the
+  vocabulary are none, nor are kernels that read pixels: Adam's, as usual.
+  """
+  names = list(spec)
+  if 'embed' not in names or 'vocab' in names or 'patch' in names:
+    return None
+  stream = (names.index('embed'),)
+  rest = [i for i, n in enumerate(names) if n not in ('embed', 'layers', 'experts')]
+  return optax.contrib.MuonDimensionNumbers(stream, tuple(rest)) if rest else None
+
+
+def _sgd(names, *, momentum: float = 0.9, nesterov: bool = False):
   return optax.trace(momentum, nesterov) if momentum else optax.identity()
 
 
-OPTIMIZERS = {'adamw': _adamw, 'adafactor': _adafactor, 'lion': _lion, 'sgd': _sgd}
+OPTIMIZERS = {
+  'adamw': _adamw,
+  'adafactor': _adafactor,
+  'lion': _lion,
+  'muon': _muon,
+  'sgd': _sgd,
+}
 
 
 def _constant(peak, steps, final):
@@ -177,7 +251,7 @@ def build(
   if name not in OPTIMIZERS:
     raise ValueError(f'unknown optimizer {name!r}{closest(name, OPTIMIZERS)}')
   options = dict(options or {})
-  allowed = inspect.signature(OPTIMIZERS[name]).parameters
+  allowed = list(inspect.signature(OPTIMIZERS[name]).parameters)[1:]
   for key in options:
     if key not in allowed:
       raise ValueError(f'optimizer {name!r} has no option {key!r}{closest(key, allowed)}')
@@ -199,7 +273,7 @@ def build(
     return jax.tree.map(lambda t, x: x if t else None, trained, tree)
 
   parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-  parts.append(OPTIMIZERS[name](**options))
+  parts.append(OPTIMIZERS[name](names, **options))
   if weight_decay:
     parts.append(optax.add_decayed_weights(weight_decay, live(decayed)))
   if multipliers:
@@ -216,6 +290,10 @@ def _lenient(tx):
       return tx.update(updates, state, params)
 
   return optax.GradientTransformation(tx.init, update)
+
+
+def _is_spec(x) -> bool:
+  return isinstance(x, PartitionSpec)
 
 
 def paths(tree: Any) -> list[str]:
@@ -249,7 +327,7 @@ def decay_mask(params: Any, names: Any, no_decay: Sequence[str] = ()) -> Any:
   """
   named = match(params, no_decay, 'optim.no_decay')
 
-  specs = jax.tree.leaves(names, is_leaf=lambda x: isinstance(x, PartitionSpec))
+  specs = jax.tree.leaves(names, is_leaf=_is_spec)
 
   def one(path, spec, hit):
     axes = [a for a in spec if a != 'layers']

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mmjax import sharding
@@ -66,16 +65,25 @@ def shardings(
     param_shardings: `sharding.shardings` of the parameters.
   """
   whole = NamedSharding(mesh, PartitionSpec())
-  trained, _ = optimizer.split(abstract.params)
   placed, _ = optimizer.split(param_shardings)
-  opt_state = optax.tree_map_params(
-    optimizer.tx,
-    lambda leaf, p, s: s if leaf.shape == p.shape else whole,
-    abstract.opt_state,
-    trained,
-    placed,
-    transform_non_params=lambda _: whole,
-  )
+  known = {
+    path: (x.shape, s)
+    for (path, x), s in zip(
+      jax.tree_util.tree_leaves_with_path(abstract.params),
+      jax.tree.leaves(param_shardings),
+      strict=True,
+    )
+  }
+
+  def of(path, leaf):
+    """A leaf that ends in a parameter's path, such as mu/<path>, lies where that does."""
+    for start in range(len(path)):
+      shape, sharding = known.get(path[start:], (None, None))
+      if leaf.shape == shape:
+        return sharding
+    return whole
+
+  opt_state = jax.tree_util.tree_map_with_path(of, abstract.opt_state)
   ema = None if abstract.ema is None else placed
   return TrainState(whole, param_shardings, opt_state, ema, whole, whole)
 

@@ -1,12 +1,8 @@
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mmjax.data import augment
 from mmjax.data.document import Document, Image, Text
-from mmjax.data.tokenizer import ByteTokenizer
-from mmjax.data.writer import measure
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
 TURNS = Document(
@@ -20,46 +16,6 @@ TURNS = Document(
 
 def texts(document):
   return [s.text for s in document.spans if isinstance(s, Text)]
-
-
-def shuffled(document, *seed):
-  return augment.apply(augment.build(['shuffle_turns']), document, *seed)
-
-
-SPANS = st.lists(st.sampled_from(['prompt', 'answer', 'image']), min_size=1, max_size=12)
-
-
-@given(SPANS, st.integers(0, 99))
-def test_shuffling_keeps_every_span_and_all_lengths(kinds, seed):
-  document = Document(
-    (
-      Text('start', True),
-      *(
-        Image(PICTURE) if kind == 'image' else Text(f'{kind}{i}', kind == 'answer')
-        for i, kind in enumerate(kinds)
-      ),
-    )
-  )
-  new = shuffled(document, seed)
-  assert sorted(texts(new)) == sorted(texts(document))
-  assert measure(new, ByteTokenizer()) == measure(document, ByteTokenizer())
-  old, order = document.spans, {id(span): i for i, span in enumerate(document.spans)}
-  for place, span in enumerate(new.spans):
-    if not isinstance(span, Text):
-      assert order[id(span)] == place  # media stay where they are
-    elif span.trained and order[id(span)] and isinstance(old[order[id(span)] - 1], Text):
-      assert new.spans[place - 1] is old[order[id(span)] - 1]  # and answers follow
-
-
-def test_turns_change_places_with_their_answers_and_by_epoch():
-  orders = {tuple(texts(shuffled(TURNS, 0, 7, epoch))) for epoch in range(20)}
-  assert len(orders) > 15
-  firsts = {order[0] for order in orders}
-  assert firsts == {f'q{i}' for i in range(6)}
-  for order in orders:
-    assert all(q[1] == a[1] for q, a in zip(order[::2], order[1::2]))
-  assert texts(shuffled(TURNS, 0, 7, 3)) == texts(shuffled(TURNS, 0, 7, 3))
-  assert shuffled(TURNS, 1).meta == {'origin': 'here'}  # types were in the old order
 
 
 def test_mirror_turns_half_of_the_images_around():

@@ -75,7 +75,7 @@ def test_encode_refuses(span, reason):
 
 
 def record(**changes):
-  tree = {'version': 1, 'id': '', 'meta': {}, 'spans': [['text', 'a', True]]}
+  tree = {'version': 2, 'id': '', 'meta': {}, 'spans': [['text', 0, 'a', True]]}
   return msgpack.packb({**tree, **changes})
 
 
@@ -91,11 +91,12 @@ def test_record_is_readable_before_it_is_broken():
     (record()[:-3], 'unreadable_record'),
     (record() + b'more', 'unreadable_record'),
     (msgpack.packb([1]), 'unreadable_record'),
-    (record(version=2), 'unknown_version'),
+    (record(version=1), 'unknown_version'),
     (record(spans=7), 'unreadable_record'),
-    (record(spans=[['smell', b'']]), 'unknown_span'),
+    (record(spans=[['smell', 0, b'']]), 'unknown_span'),
     (record(spans=[[]]), 'unreadable_record'),
-    (record(spans=[['text']]), 'unreadable_record'),
+    (record(spans=[['text', 0]]), 'unreadable_record'),
+    (record(spans=[['text', '0', 'a', True]]), 'unreadable_record'),
     (record(spans=[['audio', {'dtype': '|O', 'shape': [1], 'data': b''}, 1]]),
      'unreadable_record'),
     (record(spans=[['audio', {'dtype': '<f4', 'shape': [3], 'data': b'1234'}, 1]]),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmjax.batch import PLACEHOLDER, KeyTags, QueryTags, visible
+from mmjax.batch import FOREVER, PLACEHOLDER, KeyTags, QueryTags, visible
 from mmjax.data import media
 from mmjax.data.document import Audio, BadDocument, Document, Image, Text, Video
 from mmjax.data.example import to_example
@@ -136,8 +136,9 @@ def test_media_are_the_patches_of_each_image_in_order(some):
 
 def sees(made):
   segments = np.ones((1, len(made)), np.int32)
-  query = QueryTags(segments, made.first[None], made.last[None])
-  return visible(query, KeyTags(segments, made.order[None]))[0]
+  order = made.order[None]
+  query = QueryTags(segments, made.first[None], made.last[None], order)
+  return visible(query, KeyTags(segments, order, made.until[None]))[0]
 
 
 def test_patches_of_an_image_see_each_other_only_in_blocks():
@@ -147,6 +148,58 @@ def test_patches_of_an_image_see_each_other_only_in_blocks():
   block[1:5, 1:5] = True
   np.testing.assert_array_equal(sees(example(*spans)), block)
   np.testing.assert_array_equal(sees(example(*spans, attention='causal')), causal)
+
+
+def test_the_picture_of_branches():
+  made = example(
+    Image(pixels(2, 2)), Text('ab', branch=1), Text('', True, 1), Text('c', branch=5),
+    Text('', True, 5), Text('d'), Text('', True),
+  )  # fmt: skip
+  assert made.order.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+  assert made.until.tolist() == [FOREVER, 3, 3, 3, 5, 5, FOREVER, FOREVER]
+  assert made.positions[:, 0].tolist() == [0, 1, 2, 3, 1, 2, 1, 2]
+
+
+BRANCH = st.lists(
+  st.one_of(
+    st.builds(Text, st.text('ab', min_size=1, max_size=3), st.booleans()),
+    st.builds(lambda h, w: Image(pixels(h, w)), st.integers(1, 5), st.integers(1, 5)),
+  ),
+  min_size=1,
+  max_size=3,
+)
+
+
+@given(BRANCH, st.lists(st.tuples(st.booleans(), BRANCH), min_size=1, max_size=4))
+def test_a_branch_is_as_if_the_others_were_not(trunk, parts):
+  """Each slot sees the tokens, at the positions, of its document without the (other)
+  branches."""
+
+  def on(branch, spans):
+    return [dataclasses.replace(s, branch=branch) for s in spans]
+
+  end = Text('!', True)
+  whole = list(trunk)
+  for i, (branched, part) in enumerate(parts, 1):
+    whole += on(i if branched else 0, part)
+  made = example(*whole, end)
+  sizes = [len(example(*on(0, [span]), end)) - 2 for span in whole]
+  branch_of = np.append(np.repeat([span.branch for span in whole], sizes), [0, 0])
+  facts, seen = np.column_stack([made.tokens, made.positions]), sees(made)
+  for branch in np.unique(branch_of):
+    alone = example(*on(0, [s for s in whole if s.branch in (0, branch)]), end)
+    same = np.flatnonzero(np.isin(branch_of, (0, branch)))  # its slots in the whole
+    want, view = np.column_stack([alone.tokens, alone.positions]), sees(alone)
+    for i, t in enumerate(same):
+      if branch_of[t] == branch:
+        np.testing.assert_array_equal(facts[seen[t]], want[view[i]])
+
+
+@pytest.mark.parametrize('branches', [[1, 0, 1], [1, 2, 1], [-1]])
+def test_a_branch_stands_in_one_place(branches):
+  with pytest.raises(BadDocument, match='bad_branch: document .* branch -?1 ') as error:
+    example(Text('a'), *(Text('b', True, branch) for branch in branches))
+  assert error.value.reason == 'bad_branch'
 
 
 def test_slots_are_the_models_answer():

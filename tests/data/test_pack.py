@@ -55,6 +55,7 @@ def random_example(rng, parts):
     order=rng.integers(0, 50, n).astype(np.int32),
     first=rng.integers(0, 50, n).astype(np.int32),
     last=rng.integers(0, 50, n).astype(np.int32),
+    until=rng.integers(0, 50, n).astype(np.int32),
     positions=rng.integers(0, 50, (n, 3)).astype(np.int32),
     weights=rng.integers(0, 2, n).astype(np.float32),
     source=np.array(source, np.int32),
@@ -83,7 +84,7 @@ def unpack(batch):
             bank.items[b, patches] - np.int32(items[0]),
             bank.item_order[b, items],
           )
-      names = ('tokens', 'order', 'first', 'last', 'positions', 'weights')
+      names = ('tokens', 'order', 'first', 'last', 'until', 'positions', 'weights')
       arrays = {name: getattr(s, name)[b, here] for name in names}
       row.append(Example(**arrays, source=source, media=media))
     rows.append(row)

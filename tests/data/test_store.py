@@ -124,7 +124,7 @@ def test_what_is_damaged_is_named(copy):
   refuses(copy, 'has 100 bytes, not')
   meta = json.loads((copy / 'meta.json').read_text())
   (copy / 'meta.json').write_text(json.dumps({**meta, 'version': 9}))
-  refuses(copy, 'version 9; this code reads 1')
+  refuses(copy, 'version 9; this code reads 2')
   (copy / 'meta.json').write_text('[]')
   refuses(copy, 'version')
   (copy / 'meta.json').write_text('{')
@@ -163,9 +163,9 @@ def test_an_unreadable_record_is_one_bad_document(copy):
 
 
 def test_a_record_of_another_format_is_named(copy, monkeypatch):
-  monkeypatch.setattr(store.document_lib, 'VERSION', 2)
+  monkeypatch.setattr(store.document_lib, 'VERSION', 3)
   with pytest.raises(
-    BadDocument, match=r'unknown_version: .*train, document 0: format 1'
+    BadDocument, match=r'unknown_version: .*train, document 0: format 2'
   ):
     Dataset(copy, 'train')[0]
 

@@ -1,5 +1,6 @@
 """Prompts are checked against examples that are built one by one, without sharing."""
 
+import dataclasses
 import functools
 import io
 
@@ -41,7 +42,16 @@ def _data(count=12, sizes=((16, 16), (8, 16), (16, 12))):
 
 
 def _same(a, b):
-  for field in ('tokens', 'order', 'first', 'last', 'positions', 'weights', 'source'):
+  for field in (
+    'tokens',
+    'order',
+    'first',
+    'last',
+    'until',
+    'positions',
+    'weights',
+    'source',
+  ):
     np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
   assert list(a.media) == list(b.media)
   for kind in a.media:
@@ -64,7 +74,25 @@ def test_questions_stand_alone_and_no_gold_answer_is_in_sight():
     ('q2', 'a2', 1, 'y'),
     ('', 'a3', 2, ''),
   ]
-  assert [q.media for q in found] == [(one,), (one, two), (one, two)]
+  assert [q.media for q in found] == [(0,), (0, 1), (0, 1)]
+
+
+def test_a_question_is_asked_with_the_media_of_the_trunk_and_of_its_branch():
+  document = Document(
+    (_image(0), Text('q1', False, 1), Text('a1', True, 1), _image(16),
+     dataclasses.replace(_image(32), branch=2), Text('q2', False, 2), Text('a2', True, 2),
+     Text('a3', True)),
+  )  # fmt: skip
+  assert [(q.text, q.media) for q in questions(document)] == [
+    ('q1', (0,)),
+    ('q2', (0, 1, 2)),
+    ('', (0, 1)),
+  ]
+  asked, pool, bad = collect([document], EXAMPLE)
+  assert not bad
+  for q, shades in zip(asked, ([0], [0, 16, 32], [0, 16])):
+    values = pool[q.own].media['image'].values
+    assert np.unique(values).tolist() == shades
 
 
 def test_prompts_are_the_training_examples_up_to_the_answer():
@@ -79,7 +107,7 @@ def test_prompts_are_the_training_examples_up_to_the_answer():
       n = len(whole) - len(document.spans[2].text) - 1  # and its end token
       prompt = pool[q.own]
       assert len(prompt) == n
-      for field in ('tokens', 'order', 'first', 'last', 'positions', 'source'):
+      for field in ('tokens', 'order', 'first', 'last', 'until', 'positions', 'source'):
         np.testing.assert_array_equal(getattr(prompt, field), getattr(whole, field)[:n])
       assert not prompt.weights.any()
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +27,7 @@ def reference(q, k, v, query_tags, key_tags, cap=None):
       for s in range(S)
       if query_tags.segment_ids[b, t] == key_tags.segment_ids[b, s]
       and query_tags.first[b, t] <= key_tags.order[b, s] <= query_tags.last[b, t]
+      and query_tags.order[b, t] <= key_tags.until[b, s]
     ]
     if seen:
       g = n // (N // K)
@@ -43,6 +46,7 @@ def dense(q, k, v, query_tags, key_tags):
     (query_tags.segment_ids[:, None, :, None] == key_tags.segment_ids[:, None, None])
     & (query_tags.first[:, None, :, None] <= order)
     & (order <= query_tags.last[:, None, :, None])
+    & (query_tags.order[:, None, :, None] <= key_tags.until[:, None, None])
   )
   logits = jnp.einsum('btnh,bsnh->bnts', q, k) / np.float32(np.sqrt(q.shape[-1]))
   probs = jax.nn.softmax(jnp.where(mask, logits, -1e9), -1)
@@ -57,8 +61,8 @@ def example(seed, B=2, T=7, S=9, N=4, K=2, H=4):
   def tags(length, low, high):
     return rng.integers(low, high, (B, length)).astype(np.int32)
 
-  query_tags = QueryTags(tags(T, 0, 3), tags(T, 0, 4), tags(T, -1, 5))
-  return q, k, v, query_tags, KeyTags(tags(S, 0, 3), tags(S, 0, 5))
+  query_tags = QueryTags(tags(T, 0, 3), tags(T, 0, 4), tags(T, -1, 5), tags(T, 0, 5))
+  return q, k, v, query_tags, KeyTags(tags(S, 0, 3), tags(S, 0, 5), tags(S, 1, 9))
 
 
 def packed(seed, T, longest, B=2, N=2, K=1, H=4):
@@ -111,7 +115,7 @@ def test_gradients_equal_plain(chunk):
 def test_a_query_that_sees_nothing_is_zero_with_finite_gradients(chunk):
   q, k, v, query_tags, key_tags = example(0)
   last = np.where(np.arange(7)[None] == 3, -1, query_tags.last)
-  query_tags = QueryTags(query_tags.segment_ids, query_tags.first, last)
+  query_tags = dataclasses.replace(query_tags, last=last)
 
   def loss(q, k, v):
     out = attend(q, k, v, query_tags, key_tags, chunk=chunk)

@@ -7,8 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmjax.batch import Stream
-from mmjax.ops.losses import next_token_loss, select_targets, trained_slots
+from mmjax.batch import FOREVER, Stream
+from mmjax.ops.losses import (
+  next_token_loss,
+  previous_slots,
+  select_targets,
+  trained_slots,
+)
 
 V, D = 11, 6
 
@@ -22,12 +27,45 @@ def example(seed, B=3, T=14):
   tokens = rng.integers(0, V, (B, T))
   weights, tokens[:, 4] = np.where(np.arange(T) == 4, 0, weights), -1
   zeros = np.zeros((B, T), np.int32)
+  order, until = branches(rng, segments)
   stream = Stream(
-    tokens.astype(np.int32), segments.astype(np.int32), zeros, zeros, zeros,
+    tokens.astype(np.int32), segments.astype(np.int32), order, zeros, order, until,
     np.zeros((B, T, 3), np.int32), weights.astype(np.float32), zeros,
   )  # fmt: skip
   hidden = rng.normal(size=(B, T, D)).astype(np.float32)
   return hidden, rng.normal(size=(D, V)).astype(np.float32), stream
+
+
+def branches(rng, segments):
+  """Ranks that count the slots of each segment, and random branches inside them."""
+  order, until = np.zeros_like(segments), np.full_like(segments, FOREVER)
+  for b in range(len(segments)):
+    for segment in np.unique(segments[b]):
+      slots = np.flatnonzero(segments[b] == segment)
+      order[b, slots] = np.arange(len(slots))
+      cuts = np.unique(rng.integers(0, len(slots) + 1, 4))
+      for start, stop in zip(cuts, cuts[1:]):
+        if rng.random() < 0.7:
+          until[b, slots[start:stop]] = stop - 1
+  return order.astype(np.int32), until.astype(np.int32)
+
+
+def before(stream, b, t):
+  """The nearest earlier slot of the document that is still seen at t; -1 if none."""
+  for s in range(t - 1, -1, -1):
+    same = stream.segment_ids[b, s] == stream.segment_ids[b, t]
+    if same and stream.until[b, s] >= stream.order[b, t]:
+      return s
+  return -1
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_the_slot_before_is_the_nearest_that_is_still_seen(seed):
+  stream = example(seed)[2]
+  got = jax.jit(previous_slots)(stream)
+  for b, t in np.ndindex(got.shape):
+    assert got[b, t] == before(stream, b, t)
 
 
 def full(hidden, table, stream, z_loss):
@@ -36,8 +74,8 @@ def full(hidden, table, stream, z_loss):
   for b, t in np.ndindex(stream.tokens.shape):
     w = float(stream.weights[b, t])
     segment = stream.segment_ids[b, t]
-    if t and w and segment and segment == stream.segment_ids[b, t - 1]:
-      logits = hidden[b, t - 1].astype(np.float64) @ table
+    if w and segment and before(stream, b, t) >= 0:
+      logits = hidden[b, before(stream, b, t)].astype(np.float64) @ table
       log_z = np.log(np.exp(logits).sum())
       ce += w * (log_z - logits[stream.tokens[b, t]])
       z += z_loss * w * log_z**2
@@ -74,13 +112,15 @@ def test_equals_full_logits(seed, form):
 @pytest.mark.parametrize('chunk', [3, 100])
 def test_gradient_equals_plain(chunk):
   hidden, table, stream = example(1)
+  places = np.argwhere(trained_slots(stream))
 
   def plain(hidden, table):
-    logp = jax.nn.log_softmax(hidden[:, :-1] @ table)
-    index = jnp.maximum(stream.tokens[:, 1:, None], 0)
-    picked = jnp.take_along_axis(logp, index, -1)[..., 0]
-    mask = trained_slots(stream)[:, 1:]
-    return -jnp.sum(jnp.where(mask, stream.weights[:, 1:] * picked, 0.0))
+    logp = jax.nn.log_softmax(hidden @ table)
+    total = 0.0
+    for b, t in places:
+      token = stream.tokens[b, t]
+      total -= stream.weights[b, t] * logp[b, before(stream, b, t), token]
+    return total
 
   got = jax.grad(lambda h, w: loss_of(h, w, stream, 14, chunk=chunk)[0], (0, 1))(
     hidden, table

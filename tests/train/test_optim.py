@@ -66,6 +66,24 @@ def test_converges_on_a_quadratic_with_one_compile(name):
   assert len(traces) == 1
 
 
+def test_muon_turns_each_layers_gradient_into_the_nearest_orthogonal_matrix():
+  rng = np.random.default_rng(0)
+  grads = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), PARAMS)
+  made = build('muon', learning_rate=1.0, options=dict(ns_steps=12))
+  update = jax.jit(made.tx.update)(grads, made.tx.init(PARAMS), PARAMS)[0]
+  for g, u in zip(grads['layers']['up'], update['layers']['up']):
+    left, _, right = np.linalg.svd(g, full_matrices=False)
+    # The iteration leaves singular values near, not at, one (Jordan 2024).
+    values = -left.T @ u @ right.T / (0.2 * np.sqrt(8))
+    np.testing.assert_allclose(values, np.diag(np.diag(values)), atol=1e-5)
+    assert (np.abs(np.diag(values) - 1) < 0.35).all()
+  for rest in (('embed', 'text'), ('layers', 'qkv_bias'), ('layers', 'scale'), ('head',)):
+    g, u = grads, update
+    for key in rest:
+      g, u = g[key], u[key]
+    np.testing.assert_allclose(u, -np.sign(g), rtol=1e-4)  # Adam's first step
+
+
 def test_decay_leaves_out_norms_biases_and_embeddings():
   got = optim.decay_mask(PARAMS, NAMES)
   assert got == {
