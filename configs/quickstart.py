@@ -44,9 +44,10 @@ def get_config(variant: str = '') -> ConfigDict:
         scan=False,  # four layers one by one: a little faster on CPU
         chunk=128,
         reach=(257, 63),  # a document has at most 258 slots, an image 64
+        rope_base=100.0,  # positions are near each other
       ),
       optim=dict(
-        name='adamw',
+        name='muon',
         learning_rate=2e-3,
         schedule=dict(name='cosine', warmup_steps=50),
         weight_decay=0.05,

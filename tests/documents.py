@@ -1,6 +1,7 @@
 """Small random documents and the plainest packer there is, to test models with.
 
-A document is a list of spans: ('text', ids, trained) or ('image', values[r, c, C]).
+A document is a list of spans: ('text', ids, trained[, branch]) or
+('image', values[r, c, C]); what names no branch is of the one before.
 """
 
 import numpy as np
@@ -35,8 +36,13 @@ def pack(rows, T=48, P=48, I=8, channels=6):
   for b, row in enumerate(rows):
     t = p = i = 0
     for segment, document in enumerate(row, 1):
-      order = position = 0
-      for kind, values, *trained in document:
+      order = position = branch = fork = 0
+      begin = t  # of the branch
+      for kind, values, *rest in document:
+        if rest[1:] != [branch] * len(rest[1:]):
+          if branch:
+            batch.stream.until[b, begin:t], position = order - 1, fork
+          branch, begin, fork = rest[1], t, position
         n = len(values) if kind == 'text' else values[..., 0].size
         here, s = (b, slice(t, t + n)), batch.stream
         s.segment_ids[here] = segment
@@ -44,7 +50,7 @@ def pack(rows, T=48, P=48, I=8, channels=6):
           s.tokens[here] = values
           s.order[here] = s.last[here] = order + np.arange(n)
           s.positions[here] = position + np.arange(n)[:, None]
-          s.weights[here] = float(trained[0])
+          s.weights[here] = float(rest[0])
           order, position = order + n, position + n
         else:
           r, c, C = values.shape
@@ -60,6 +66,8 @@ def pack(rows, T=48, P=48, I=8, channels=6):
           bank.item_segments[b, i], bank.item_order[b, i] = segment, order
           order, position, p, i = order + 1, position + max(r, c), p + n, i + 1
         t += n
+      if branch:
+        batch.stream.until[b, begin:t] = order - 1
       if document and document[0][0] == 'text':
         batch.stream.weights[b, t - length(document)] = 0
   return batch

@@ -108,6 +108,15 @@ def test_greedy_equals_argmax_of_repeated_forwards():
   assert len(np.unique(want)) > 3  # not one token for ever
 
 
+def test_what_is_written_goes_on_from_the_trunk():
+  rng = np.random.default_rng(4)
+  trunk = random_document(rng, 'tit')
+  branches = [('text', rng.integers(1, 40, n), False, n) for n in (2, 3)]
+  got = decoder(NEVER)(params(), pack([[trunk], [trunk + branches], [[*trunk]]], T=30))
+  np.testing.assert_array_equal(got[0], got[1])
+  assert len(np.unique(got[0])) > 1
+
+
 def test_padding_and_neighbours_change_no_token():
   rows = prompts()
   together = decoder(NEVER)(params(), pack(rows, T=30))

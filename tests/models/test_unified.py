@@ -98,6 +98,31 @@ def test_packed_equals_unpacked():
   assert_close(packed, apart, 1e-6)
 
 
+def test_branches_are_as_if_each_were_alone():
+  """One document of three branches equals three documents, each with the trunk."""
+  rng = np.random.default_rng(3)
+  words = lambda n: rng.integers(1, 40, n)  # noqa: E731
+  trunk = [('text', words(3), False), ('image', rng.integers(0, 255, (2, 3, 6)))]
+  branches = [
+    [('text', words(n), False, i), ('text', words(2), True, i)]
+    for i, n in enumerate((4, 1, 0), start=1)
+  ]  # the last one is trained from its first token
+  whole = pack([[trunk + sum(branches, [])], [], []])
+  alone = pack([[trunk + branch] for branch in branches])
+  made = jax.tree.map(lambda x: x / 1.5, params())
+  got, want = loss_and_grads(made, whole), loss_and_grads(made, alone)
+  assert float(got[0][1]) == 6
+  assert_close(got, want, 1e-6)
+  x, y = logits(made, whole), logits(made, alone)
+  t = 9
+  for row, n in enumerate((6, 3, 2)):
+    scale = np.abs(y[row, 9 : 9 + n]).max()
+    np.testing.assert_allclose(
+      x[0, t : t + n], y[row, 9 : 9 + n], rtol=0, atol=1e-6 * scale
+    )
+    t += n
+
+
 def test_padding_changes_no_number():
   rows = [documents()[:2], documents(1)[:2], []]
   n = max(sum(map(length, row)) for row in rows)
