@@ -16,7 +16,6 @@ axis, a size that does not divide) is a `ValueError` that names the parameter.
 
 import contextlib
 import contextvars
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,6 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from mmjax.names import closest
 
 MESH_AXES = ('slice', 'data', 'fsdp', 'tensor', 'context', 'expert')
 _ROWS = ('slice', 'data', 'fsdp')  # what the rows of a batch are split over
@@ -105,15 +106,15 @@ def rules_for(preset: str, overrides: Rules | None = None) -> Rules:
     ValueError: unknown preset, axis name or mesh axis.
   """
   if preset not in RULES:
-    raise ValueError(f'unknown sharding preset {preset!r}{_closest(preset, RULES)}')
+    raise ValueError(f'unknown sharding preset {preset!r}{closest(preset, RULES)}')
   rules = dict(RULES[preset])
   for name, axes in (overrides or {}).items():
     if name not in rules:
-      raise ValueError(f'sharding rule for unknown axis {name!r}{_closest(name, rules)}')
+      raise ValueError(f'sharding rule for unknown axis {name!r}{closest(name, rules)}')
     for axis in _tuple(axes):
       if axis not in MESH_AXES:
         raise ValueError(
-          f'sharding rule {name!r} names mesh axis {axis!r}{_closest(axis, MESH_AXES)}'
+          f'sharding rule {name!r} names mesh axis {axis!r}{closest(axis, MESH_AXES)}'
         )
     rules[name] = tuple(axes) if isinstance(axes, list) else axes
   return rules
@@ -142,7 +143,7 @@ def to_spec(
   for name in names:
     if name is not None and name not in rules:
       raise ValueError(
-        f'{where}: no sharding rule for axis {name!r}{_closest(name, rules)}'
+        f'{where}: no sharding rule for axis {name!r}{closest(name, rules)}'
       )
   axes = [None if name is None else rules[name] for name in names]
   used = [a for entry in axes for a in _tuple(entry)]
@@ -190,7 +191,7 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices=None) -> Mesh:
   sizes = dict(sizes or {'data': -1})
   for axis, size in sizes.items():
     if axis not in MESH_AXES:
-      raise ValueError(f'unknown mesh axis {axis!r}{_closest(axis, MESH_AXES)}')
+      raise ValueError(f'unknown mesh axis {axis!r}{closest(axis, MESH_AXES)}')
     if size < 1 and size != -1:
       raise ValueError(f'mesh axis {axis!r} has size {size}; it must be positive, or -1')
   free = [a for a, n in sizes.items() if n == -1]
@@ -331,9 +332,3 @@ def _tuple(entry: MeshAxes) -> tuple[str, ...]:
   if entry is None:
     return ()
   return (entry,) if isinstance(entry, str) else tuple(entry)
-
-
-def _closest(word, choices) -> str:
-  near = difflib.get_close_matches(str(word), [str(c) for c in choices], n=1)
-  hint = f'; did you mean {near[0]!r}?' if near else ''
-  return f'{hint} (choices: {", ".join(sorted(map(str, choices)))})'

@@ -9,11 +9,11 @@
 `config.eval` has a section of fields for each evaluator by name.
 """
 
-import difflib
 import inspect
 from typing import Any
 
 from mmjax.eval.vqa import Result, Vqa
+from mmjax.names import closest
 
 EVALUATORS = {'vqa': Vqa}
 
@@ -60,7 +60,7 @@ def build_evaluators(
   built = {}
   for name in config.eval:
     if name not in EVALUATORS:
-      raise ValueError(f'unknown evaluator {name!r}{_closest(name, EVALUATORS)}')
+      raise ValueError(f'unknown evaluator {name!r}{closest(name, EVALUATORS)}')
     fields = dict(config.eval[name])
     fields = {k: v.to_dict() if hasattr(v, 'to_dict') else v for k, v in fields.items()}
     split = fields.pop('split', 'test')
@@ -68,7 +68,7 @@ def build_evaluators(
     allowed = [f for f in inspect.signature(cls).parameters if f not in _OURS]
     for field in fields:
       if field not in allowed:
-        near = _closest(field, [*allowed, 'split'])
+        near = closest(field, [*allowed, 'split'])
         raise ValueError(f'eval.{name} has no field {field!r}{near}')
     data = dataset
     if data is None:
@@ -83,9 +83,3 @@ def build_evaluators(
       **fields,
     )
   return built
-
-
-def _closest(word, choices) -> str:
-  near = difflib.get_close_matches(word, list(choices), n=1)
-  hint = f'; did you mean {near[0]!r}?' if near else ''
-  return f'{hint} (choices: {", ".join(sorted(choices))})'

@@ -1,7 +1,6 @@
 """Models by name: `build('unified', vocab_size=512, num_layers=4, ...)`."""
 
 import dataclasses
-import difflib
 import types
 import typing
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 
 from mmjax.models.unified import Unified
+from mmjax.names import closest
 
 MODELS = {'unified': Unified}
 
@@ -21,13 +21,13 @@ def build(name: str, **fields: Any) -> nn.Module:
       field, or a value of the wrong type.
   """
   if name not in MODELS:
-    raise ValueError(f'unknown model {name!r}{_closest(name, MODELS)}')
+    raise ValueError(f'unknown model {name!r}{closest(name, MODELS)}')
   cls = MODELS[name]
   types_ = typing.get_type_hints(cls)
   known = {f.name: f for f in dataclasses.fields(cls) if f.name not in ('parent', 'name')}
   for field in fields:
     if field not in known:
-      raise ValueError(f'model {name!r} has no field {field!r}{_closest(field, known)}')
+      raise ValueError(f'model {name!r} has no field {field!r}{closest(field, known)}')
   for field, spec in known.items():
     required = spec.default is dataclasses.MISSING
     if required and spec.default_factory is dataclasses.MISSING and field not in fields:
@@ -65,9 +65,3 @@ def _fits(value, want) -> bool:
   if want is int and isinstance(value, bool):
     return False
   return isinstance(value, origin or want)
-
-
-def _closest(word, choices) -> str:
-  near = difflib.get_close_matches(str(word), list(choices), n=1)
-  hint = f'; did you mean {near[0]!r}?' if near else ''
-  return f'{hint} (choices: {", ".join(sorted(choices))})'

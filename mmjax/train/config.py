@@ -21,6 +21,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
+from mmjax.names import closest
 from mmjax.sharding import RULES
 
 OPTIONAL = config_dict.placeholder
@@ -165,12 +166,6 @@ def near_key(path: str, config: ConfigDict) -> str:
   hint = f'; did you mean {near[0]!r}?' if near else ''
   inside = [p.rpartition('.')[2] for p in paths if p.rpartition('.')[0] == section]
   return f'{hint} (choices: {", ".join(inside or config)})'
-
-
-def closest(word: str, choices) -> str:
-  near = difflib.get_close_matches(str(word), list(choices), n=1)
-  hint = f'; did you mean {near[0]!r}?' if near else ''
-  return f'{hint} (choices: {", ".join(sorted(choices))})'
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from mmjax.train.config import closest
+from mmjax.names import closest
 
 Schedule = Callable[[jax.Array], jax.Array]
 
