@@ -43,8 +43,8 @@ def build_evaluators(
   """The evaluators that `config.eval` names, each with `.every` and `.run`.
 
   Args:
-    config: the resolved configuration; `data` (path, image, image_attention) and
-      `eval` are read.
+    config: the resolved configuration; `data` (path, image_attention, and budget with
+      the rules of its media) and `eval` are read.
     model: the module.
     mesh, rules: as in training.
     dataset: instead of the prepared data at `config.data.path` (for tests).
@@ -54,8 +54,8 @@ def build_evaluators(
     ValueError: an unknown evaluator or field, with the choices; no such data, or
       data of another tokenizer.
   """
-  from mmjax.data.media import ImageRule
   from mmjax.data.store import Dataset
+  from mmjax.train.build import rules_of
 
   built = {}
   for name in config.eval:
@@ -78,7 +78,7 @@ def build_evaluators(
       model=model,
       mesh=mesh,
       rules=rules,
-      media_rules={'image': ImageRule(**config.data.image)},
+      media_rules=rules_of(config),
       image_attention=config.data.image_attention,
       **fields,
     )

@@ -211,7 +211,7 @@ def _config(**vqa):
     dict(
       data=dict(
         path='nowhere', image=dict(patch=4, resize='fixed', size=16),
-        image_attention='causal',
+        budget=dict(image=dict(patches=16, items=1)), image_attention='causal',
       ),
       eval=dict(vqa=vqa),
     )
@@ -233,6 +233,18 @@ def test_evaluators_are_built_from_the_config():
   assert vqa.image_attention == 'causal'
   assert vqa.published == published
   assert _build(ml_collections.ConfigDict(dict(eval={}))) == {}
+
+
+def test_a_config_of_text_alone_has_no_rule_for_images():
+  config = _config(rows=8)
+  config.data.image = config.data.budget.image = ml_collections.ConfigDict()
+  words = (Text('shade ', False), Text(' a', True))
+  data = Data([Document(words), Document((Image(_png(0)), *words))])
+  vqa = _build(config, dataset=data)['vqa']
+  assert vqa.media_rules == {}
+  vqa.generate = guesses
+  found = vqa.run({}).metrics
+  assert (found['vqa/count'], found['vqa/bad_documents']) == (1, 1)
 
 
 def test_wrong_evaluators_and_fields_are_told_with_the_closest():
