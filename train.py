@@ -6,6 +6,9 @@
 The same command again goes on from the last checkpoint. Ctrl-C or SIGTERM saves
 and ends with exit code 0; 1 = the run could not go on; 2 = something in the
 command, the config, the data or the workdir doesn't fit.
+
+On a TPU pod or under SLURM add --distributed on every host, see
+`mmjax.train.processes`.
 """
 
 import pathlib
@@ -14,11 +17,13 @@ import sys
 from absl import app, flags, logging
 
 from mmjax.train import config as config_lib
+from mmjax.train import processes
 
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where the run goes; default: runs/<name of the config>.'
 )
 _TRACEBACK = flags.DEFINE_boolean('traceback', False, 'Show where an error came from.')
+processes.define_flags()
 
 
 def main(argv):
@@ -30,6 +35,7 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)  # mmjax has its own log
   workdir = _WORKDIR.value or pathlib.Path('runs') / config_lib.spec_name(sys.argv)
   try:
+    processes.start_from_flags()
     loop.train(flags.FLAGS.config, workdir)
   except loop.RunStopped as error:
     if _TRACEBACK.value:
@@ -43,4 +49,5 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  app.run(main, flags_parser=config_lib.parse_flags)
+  with processes.leaving_together():
+    app.run(main, flags_parser=config_lib.parse_flags)

@@ -261,11 +261,35 @@ def batch_shardings(batch: Any, mesh: Mesh, rules: Rules) -> Any:
   return jax.tree_util.tree_map_with_path(one, batch)
 
 
+def row_block(rows: int, mesh: Mesh, rules: Rules) -> tuple[int, int]:
+  """Which block of a batch's rows this process loads: (index, number of blocks).
+
+  One block per process, unless the model is split over processes: those whose
+  devices hold the same rows load the same block.
+
+  Raises:
+    ValueError: the rows don't divide over the mesh, or processes hold rows that
+      partly overlap.
+  """
+  where = NamedSharding(mesh, to_spec(('batch',), rules, 'batch', (rows,), mesh))
+  held = {}
+  for device, (part,) in where.devices_indices_map((rows,)).items():
+    held.setdefault(device.process_index, set()).add(part.indices(rows)[:2])
+  blocks = sorted({tuple(sorted(parts)) for parts in held.values()})
+  spans = [span for block in blocks for span in block]
+  if len({len(block) for block in blocks}) > 1 or len(set(spans)) < len(spans):
+    raise ValueError(
+      f'rows over {where.spec}: processes hold overlapping rows {blocks}; give the mesh'
+      ' axes of the rows, or of the model, whole processes'
+    )
+  return blocks.index(tuple(sorted(held[jax.process_index()]))), len(blocks)
+
+
 def place_batch(local: Any, global_rows: int, mesh: Mesh, rules: Rules) -> Any:
   """Builds the global batch from the rows that this process has loaded.
 
   Args:
-    local: a batch of NumPy arrays, [rows of this process, ...].
+    local: a batch of NumPy arrays, [rows of this process' `row_block`, ...].
     global_rows: rows over all processes.
   """
 

@@ -1,3 +1,5 @@
+import collections
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -194,3 +196,39 @@ def test_batch_is_split_by_rows():
   np.testing.assert_array_equal(placed['tokens'], local['tokens'])
   with pytest.raises(ValueError, match="batch.*'batch' of size 6 does not divide"):
     sharding.place_batch({'tokens': local['tokens'][:6]}, 6, mesh, rules)
+
+
+Device = collections.namedtuple('Device', 'id process_index')
+
+
+@pytest.mark.parametrize(
+  ('held', 'want'),
+  [
+    ([[(0, 4)], [(4, 8)]], [(0, 2), (1, 2)]),
+    ([[(0, 2), (4, 6)], [(2, 4), (6, 8)]], [(0, 2), (1, 2)]),
+    ([[(0, 8)], [(0, 8)]], [(0, 1), (0, 1)]),
+    ([[(0, 4)], [(4, 8)], [(0, 4)], [(4, 8)]], [(0, 2), (1, 2), (0, 2), (1, 2)]),
+    ([[(0, 2), (2, 4)], [(2, 4), (4, 6)], [(6, 8), (0, 2)]], None),
+    ([[(0, 2)], [(2, 4), (4, 6)]], None),
+  ],
+)
+def test_processes_load_the_rows_that_they_hold(monkeypatch, held, want):
+  class Where:
+    def __init__(self, mesh, spec):
+      self.spec = spec
+
+    def devices_indices_map(self, shape):
+      parts = [(p, part) for p, parts in enumerate(held) for part in parts]
+      return {Device(i, p): (slice(*part),) for i, (p, part) in enumerate(parts)}
+
+  mesh, rules = sharding.make_mesh({'data': 8}), sharding.rules_for('dp')
+  monkeypatch.setattr(sharding, 'NamedSharding', Where)
+  got = []
+  for i in range(len(held)):
+    monkeypatch.setattr('jax.process_index', lambda i=i: i)
+    if want is None:
+      with pytest.raises(ValueError, match='processes hold overlapping rows'):
+        sharding.row_block(8, mesh, rules)
+    else:
+      got.append(sharding.row_block(8, mesh, rules))
+  assert want is None or got == want

@@ -80,12 +80,7 @@ class Vqa:
   generate: Callable | None = None
 
   def __post_init__(self):
-    processes = jax.process_count()
-    if self.rows < 1 or self.rows % processes:
-      raise ValueError(
-        f'eval.vqa.rows = {self.rows} does not divide over {processes} processes'
-      )
-    for name in ('max_new', 'limit'):
+    for name in ('rows', 'max_new', 'limit'):
       value = getattr(self, name)
       if value is not None and value < 1:
         raise ValueError(f'eval.vqa.{name} = {value}; it must be positive')
@@ -176,8 +171,9 @@ class Vqa:
 
   def _answer(self, params, asked: Sequence[example.Example]) -> list[str]:
     """The answers to any number of prompts; the last batch ends in empty rows."""
-    local = self.rows // jax.process_count()
-    first = jax.process_index() * local
+    index, blocks = sharding.row_block(self.rows, self.mesh, self.rules)
+    local = self.rows // blocks
+    first = index * local
     running, tokens = collections.deque(), []
     with sharding.use(self.mesh, self.rules):
       for start in range(0, len(asked), self.rows):

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmjax.train import processes
 from mmjax.train.state import TrainState
 
 _log = logging.getLogger('mmjax')
@@ -231,6 +232,7 @@ class Checkpoints:
           aside = self.directory / f'damaged-{bad}.{n}'
         (self.directory / str(bad)).rename(aside)
     if damaged and not self._read_only:
+      processes.barrier('put aside')  # nobody may still see what was damaged
       self._manager.reload()
 
   @contextlib.contextmanager

@@ -25,10 +25,11 @@ from mmjax import sharding
 from mmjax.train import build as build_lib
 from mmjax.train import config as config_lib
 from mmjax.train import log as log_lib
+from mmjax.train import processes
 from mmjax.train.checkpoint import Checkpoints
 from mmjax.train.signals import Signalled, Signals
 from mmjax.train.step import compile_step, make_step
-from mmjax.train.window import Window
+from mmjax.train.window import Window, share
 
 _log = logging.getLogger('mmjax')
 
@@ -59,6 +60,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, devices=None) -> str:
 
   config_lib.check(config)
   build_lib.use_cpu_devices(config)
+  processes.refuse_unjoined()
   workdir = pathlib.Path(workdir).absolute()
   first = jax.process_index() == 0
   with log_lib.logging_to(workdir, first):
@@ -71,7 +73,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, devices=None) -> str:
       )  # what is wrong in the config is told before waiting
       _log.info('preparing %s in %s', config.data.source, config.data.path)
       prepare(config.data.source, config.data.path, tokenizer=config.data.tokenizer)
-    _barrier('prepared')
+    processes.barrier('prepared')
     dataset = Dataset(config.data.path, config.data.split)
     _refuse_other_data(config, dataset.meta)
     parts = build_lib.build(config, dataset.tokenizer.vocab_size, devices)
@@ -104,6 +106,7 @@ class _Run:
     self.config, self.workdir, self.parts = config, workdir, parts
     self.pipeline, self.dataset, self.evaluators = pipeline, dataset, evaluators
     self.checkpoints = Checkpoints(workdir / 'checkpoints', config.train.keep)
+    self.block = sharding.row_block(config.data.rows, parts.mesh, parts.rules)
     self.window = Window()
     self.state = self._restore_or_init()
     self.start = int(self.state.step)
@@ -111,6 +114,7 @@ class _Run:
       workdir, self.start, config.train.steps, jax.process_index() == 0
     )
     self.signals = Signals()
+    self.lost = False  # another process
 
   def _restore_or_init(self):
     parts = self.parts
@@ -127,7 +131,7 @@ class _Run:
     if found is None:
       return parts.init(jax.random.fold_in(jax.random.key(self.config.seed), 0))
     state, meta = found
-    self.window = Window.from_json(meta['window'])
+    self.window = Window.from_json(meta['window'], jax.process_index() == 0)
     _log.info('going on from step %d of %s', meta['step'], self.workdir)
     return state
 
@@ -149,16 +153,20 @@ class _Run:
       else:
         _log.info('stopped at step %d; the same command goes on', int(self.state.step))
       return outcome
-    except ValueError as error:
-      if config_lib.is_ours(error):
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+      if processes.is_lost(error):
+        self.lost = True
+        raise RunStopped(processes.how_lost(error)) from error
+      if isinstance(error, ValueError) and config_lib.is_ours(error):
         raise RunStopped(str(error)) from error
       raise
     except OSError as error:  # a full disk, most of the time
       raise RunStopped(f'{error.strerror or error}: {error.filename or ""}') from error
     finally:
       self.log.close()
-      with contextlib.suppress(ValueError):
-        self.checkpoints.close()
+      if not self.lost:  # or it would wait for them
+        with contextlib.suppress(ValueError):
+          self.checkpoints.close()
 
   def _steps(self) -> str:
     """Steps until the end or a signal."""
@@ -178,7 +186,7 @@ class _Run:
     began = time.monotonic()
     step_fn = compile_step(step_fn, self.parts.abstract, shapes)
     _log.info('compiled the step in %.1f s', time.monotonic() - began)
-    loaded = self.pipeline.iterate(self.start, jax.process_index(), jax.process_count())
+    loaded = self.pipeline.iterate(self.start, *self.block)
     with contextlib.closing(loaded):
       return self._loop(step_fn, loaded)
 
@@ -193,7 +201,7 @@ class _Run:
       self._read(pending)
       pending = (done, metrics, stats)
       self.checkpoints.check()
-      stopped = self.signals.agreed(done, config.train.log_every)
+      stopped = self.signals.agreed()
       due = done % config.train.checkpoint_every == 0 or done == steps
       evaluate = self._evaluation_due(done)
       if stopped or due or evaluate:
@@ -217,7 +225,7 @@ class _Run:
     batch = sharding.place_batch(
       found.batch, self.config.data.rows, self.parts.mesh, self.parts.rules
     )
-    return batch, found.stats
+    return batch, share(found.stats, self.block[1])
 
   def _read(self, pending):
     """Takes in the numbers of a step; logs every `log_every` steps."""
@@ -233,7 +241,7 @@ class _Run:
         done, metrics['loss'], metrics['grad_norm'],
       )  # fmt: skip
     if done % self.config.train.log_every == 0 or done == self.config.train.steps:
-      self.log.write(done, self.window.flush())
+      self.log.write(done, self.window.flush(processes.gather))
     if in_a_row >= self.config.train.max_skipped:
       raise RunStopped(
         f'{in_a_row} updates in a row were not finite, steps {done - in_a_row + 1} to'
@@ -248,7 +256,7 @@ class _Run:
 
   def _save(self, done):
     meta = {
-      'window': self.window.to_json(),
+      'window': self.window.to_json(processes.gather),
       'tokenizer_hash': self.dataset.tokenizer.hash,
       'data_position': done,
       'config': self.config.to_dict(),
@@ -264,7 +272,8 @@ class _Run:
   def _missing_evaluation(self) -> bool:
     """Makes up for an evaluation that a kill came before; False = stopped by a signal."""
     due = self.start and self._evaluation_due(self.start)
-    if not due or self.log.evaluated(self.start):
+    # Process 0 knows, and all have to do the same.
+    if not due or processes.gather(self.log.evaluated(self.start))[0]:
       return True
     return self._evaluate(self.start)
 
@@ -304,7 +313,7 @@ def _keep_config(config: ConfigDict, workdir: pathlib.Path, first: bool) -> None
     fresh = path.with_suffix('.tmp')
     fresh.write_text(config_lib.to_json(config))
     os.replace(fresh, path)
-  _barrier('config')
+  processes.barrier('config')
 
 
 def _refuse_other_data(config: ConfigDict, meta: dict[str, Any]) -> None:
@@ -318,10 +327,6 @@ def _refuse_other_data(config: ConfigDict, meta: dict[str, Any]) -> None:
 
 def _refuse_uneven(config: ConfigDict, parts: Any) -> None:
   rows, accumulate = config.data.rows, config.train.accumulate
-  if rows % jax.process_count():
-    raise ValueError(
-      f'config.data.rows = {rows} does not divide over {jax.process_count()} processes'
-    )
   ways = np.prod([parts.mesh.shape[a] for a in _axes(parts.rules['batch'])], dtype=int)
   if (rows // accumulate) % ways:
     raise ValueError(
@@ -332,10 +337,3 @@ def _refuse_uneven(config: ConfigDict, parts: Any) -> None:
 
 def _axes(entry):
   return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
-
-def _barrier(name: str) -> None:
-  if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
-
-    multihost_utils.sync_global_devices(name)

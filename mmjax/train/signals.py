@@ -3,6 +3,10 @@
 The step in work is finished, a checkpoint is written, and the process ends with
 exit code 0, since nothing went wrong: the same command goes on. A second Ctrl-C
 kills. What can be done again without loss (an evaluation) is broken off at once.
+
+Several processes have to stop at the same step, though the signal may reach only
+one of them. With each step they compute together whether anyone was asked, and
+each reads the answer one step later, when it is there: nobody waits for it.
 """
 
 import contextlib
@@ -10,7 +14,8 @@ import logging
 import signal
 
 import jax
-import numpy as np
+
+from mmjax.train import processes
 
 _log = logging.getLogger('mmjax')
 
@@ -24,6 +29,7 @@ class Signals:
 
   def __init__(self):
     self.asked, self._raise, self._old = False, False, {}
+    self._told: jax.Array | None = None
 
   def __enter__(self):
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -37,9 +43,11 @@ class Signals:
 
   def _handle(self, number, frame):
     del frame
-    _log.info('%s: finishing the step and saving', signal.Signals(number).name)
     self.asked = True
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with contextlib.suppress(RuntimeError):  # it came in the middle of a write
+      name = signal.Signals(number).name
+      _log.info('%s: finishing the step and saving (Ctrl-C now: at once)', name)
     if self._raise:
       raise Signalled
 
@@ -57,12 +65,13 @@ class Signals:
     finally:
       self._raise = False
 
-  def agreed(self, done: int, every: int) -> bool:
-    """Whether to stop; with several processes, all of them at the same step."""
+  def agreed(self) -> bool:
+    """Whether to stop after this step: with several processes, the same for all."""
     if jax.process_count() == 1:
       return self.asked
-    if done % every:
+    told, self._told = self._told, processes.anyone(self.asked)
+    if told is None or not bool(told):
       return False
-    from jax.experimental import multihost_utils
-
-    return bool(np.any(multihost_utils.process_allgather(np.array(self.asked))))
+    if not self.asked:
+      _log.info('another process was asked to stop: saving')
+    return True

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmjax.train import log as log_lib
-from mmjax.train.window import Window
+from mmjax.train.window import Window, share
 
 
 def test_resumed_log_has_every_step_once(tmp_path):
@@ -100,6 +100,35 @@ def test_window_goes_through_a_checkpoint():
     line.pop('train/tokens_per_second')
     lines.append(line)
   assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize(('count', 'blocks'), [(1, 1), (2, 2), (4, 4), (4, 2), (8, 1)])
+def test_processes_add_up_to_the_whole_batch(monkeypatch, count, blocks):
+  """Each process loads one of `blocks` blocks of rows; several may load the same."""
+  monkeypatch.setattr('jax.process_count', lambda: count)
+  rng = np.random.default_rng(0)
+  windows = [Window() for _ in range(count)]
+  tokens = []
+  for _ in range(3):
+    per_block = rng.integers(1, 60, blocks)
+    tokens.append(per_block.sum())
+    for i, window in enumerate(windows):
+      n = float(per_block[i % blocks])
+      stats = {'tokens': n, 'fill/stream': n / 64, 'bad/empty': 1.0, 'epoch': 0.5}
+      window.add(step(1.0, 4.0), share(stats, blocks))
+
+  def gather(_):
+    return [dict(window._stats) for window in windows]
+
+  saved = json.loads(json.dumps(windows[-1].to_json(gather)))
+  resumed = [Window.from_json(saved, first=i == 0) for i in range(count)]
+  for window, found in ((windows[-1], gather), (
+    resumed[-1], lambda _: [dict(w._stats) for w in resumed]
+  )):  # fmt: skip
+    line = window.flush(found)
+    assert line['data/tokens'] == sum(tokens) / 3
+    np.testing.assert_allclose(line['data/fill/stream'], np.mean(tokens) / blocks / 64)
+    assert (line['data/bad/empty'], line['data/epoch']) == (3 * blocks, 0.5)
 
 
 def test_log_of_nothing(tmp_path):

@@ -1,0 +1,339 @@
+"""Real processes that are one run: two of two CPU devices, over loopback."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from mmjax import sharding
+from mmjax.data.document import Document, Image, Text
+from mmjax.data.tokenizer import ByteTokenizer
+from mmjax.data.writer import Writer
+from mmjax.train import log as log_lib
+from mmjax.train import processes
+
+ROOT = pathlib.Path(__file__).parents[2]
+STEPS = 40
+CONFIG = f"""
+from ml_collections import ConfigDict
+
+def get_config(variant=''):
+  config = ConfigDict(dict(
+    data=dict(
+      source='none', path=DATA, rows=8, image=dict(patch=2, resize='fixed', size=4),
+      budget=dict(stream=32, targets=16, image=dict(patches=8, items=2)),
+    ),
+    model=dict(embed_dim=16, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=8,
+               mlp_dim=32, dropout=0.1),
+    optim=dict(learning_rate=3e-3, schedule=dict(name='constant'), ema=0.9),
+    sharding=dict(cpu_devices=2, max_replicated=1.0),
+    train=dict(steps={STEPS}, log_every=3, checkpoint_every=4, keep=100),
+    eval=dict(vqa=dict(every=20, limit=7, rows=8, max_new=6)),
+  ))
+  if variant == 'tensor':  # every process needs every row
+    config.sharding.update(preset='fsdp+tensor', mesh=dict(data=1, tensor=-1),
+                           rules=dict(vocab=None, act_vocab=None))
+  return config
+"""
+
+
+def document(i, rng):
+  light = int(rng.integers(0, 2))
+  image = Image((rng.integers(0, 100, (4, 4, 3)) + 150 * light).astype(np.uint8))
+  question = Text('?' * (1 + i % 5), trained=False)
+  spans = (image, question, Text('light' if light else 'dark', True))
+  return Document(spans, id=f'doc{i}')
+
+
+@pytest.fixture(scope='module')
+def config(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('processes')
+  rng = np.random.default_rng(0)
+  with Writer(folder / 'data', ByteTokenizer(), {}) as out:
+    for i in range(200):
+      out.add('train' if i < 190 else 'test', document(i, rng))
+  with Writer(folder / 'broken', ByteTokenizer(), {}, shard_bytes=1) as out:
+    for i in range(40):
+      out.add('train', document(i, rng))
+  shard = sorted((folder / 'broken' / 'train').glob('documents-*'))[7]
+  shard.write_bytes(bytes(shard.stat().st_size))
+  file = folder / 'shades.py'
+  file.write_text(CONFIG.replace('DATA', repr(str(folder / 'data'))))
+  return file
+
+
+def start(config, workdir, *args, script='train.py', **environment):
+  """A process of a script; what it says goes to a file, .err() reads it."""
+  command = [sys.executable, str(ROOT / script)]
+  command += [f'--config={config}'] if config else []
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT),
+         'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', **environment}  # fmt: skip
+  workdir.parent.mkdir(exist_ok=True)
+  errors = workdir.with_name(f'{workdir.name}-{time.monotonic_ns()}.err')
+  with errors.open('w') as stderr:
+    process = subprocess.Popen(
+      [*command, f'--workdir={workdir}', *args], env=env, stdout=stderr, stderr=stderr
+    )
+  process.err = errors.read_text
+  return process
+
+
+def free_port():
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    return free.getsockname()[1]
+
+
+def start_two(config, workdir, *args, **options):
+  given = [f'--coordinator=localhost:{free_port()}', '--num_processes=2']
+  return [
+    start(config, workdir, *given, f'--process_id={i}', *args, **options)
+    for i in range(2)
+  ]
+
+
+def finish(running, codes=(0, 0), seconds=200):
+  """Waits for all; their stderr."""
+  end = time.monotonic() + seconds
+  try:
+    for process in running:
+      process.wait(max(end - time.monotonic(), 0.1))
+  finally:
+    for process in running:
+      process.kill()
+      process.wait()
+  got = [process.returncode for process in running]
+  assert codes is None or got == list(codes), '\n'.join(p.err() for p in running)
+  return [process.err() for process in running]
+
+
+def wait_for_step(running, workdir, step):
+  end = time.monotonic() + 200
+  path = workdir / 'metrics.jsonl'
+  while not path.exists() or not (got := lines(workdir)) or got[-1]['step'] < step:
+    assert all(p.poll() is None for p in running), [p.err() for p in running]
+    assert time.monotonic() < end
+    time.sleep(0.005)
+
+
+def lines(workdir):
+  """The log without what a clock says."""
+  found = log_lib.read(workdir / 'metrics.jsonl')
+  return [{k: v for k, v in x.items() if 'second' not in k} for x in found]
+
+
+def saved(workdir):
+  return sorted(int(p.name) for p in (workdir / 'checkpoints').iterdir())
+
+
+def params(workdir, step):
+  path = workdir / 'checkpoints' / str(step) / 'params'
+  with ocp.StandardCheckpointer() as reader:
+    found = reader.metadata(path).item_metadata.tree
+    return reader.restore(path, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), found))
+
+
+def result(workdir, step=STEPS):
+  """Every bit of the state, every line of the log, every answer."""
+  meta = workdir / 'checkpoints' / str(step) / 'meta' / 'metadata'
+  page = json.loads((workdir / 'eval' / f'{step}.json').read_text())
+  answers = page['results']['vqa']['predictions']
+  return json.loads(meta.read_text())['fingerprints'], lines(workdir), answers
+
+
+def assert_same_run(got, want, step, rtol=1e-6):
+  """Parameters to rtol in each leaf's Euclidean norm, and so the log until `step`."""
+  pairs = zip(jax.tree.leaves(params(got, step)), jax.tree.leaves(params(want, step)))
+  for a, b in pairs:
+    assert np.linalg.norm(a - b) <= rtol * np.linalg.norm(b)
+  both = [[x for x in lines(w) if x['step'] <= step] for w in (got, want)]
+  assert len(both[0]) == len(both[1]) > 0
+  for a, b in zip(*both):
+    assert a.keys() == b.keys()
+    for key in a:
+      exact = key.startswith(('data/', 'eval/')) or key == 'step'
+      np.testing.assert_allclose(a[key], b[key], 1e-12 if exact else rtol, err_msg=key)
+
+
+@pytest.fixture(scope='module')
+def two(config):
+  """The workdir of a run of two processes, and what they said."""
+  workdir = config.parent / 'two'
+  return workdir, finish(start_two(config, workdir))
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(config, two, tmp_path):
+  one = tmp_path / 'one'
+  finish([start(config, one, '--config.sharding.cpu_devices=4')], [0])
+  assert_same_run(two[0], one, 8)
+  assert_same_run(two[0], one, STEPS, 1e-5)  # rounding grows with the steps
+  assert result(two[0])[2] == result(one)[2]
+
+
+@pytest.mark.slow
+def test_a_model_over_both_processes(config, tmp_path):
+  """Two processes hold parts of the model and load the same rows."""
+  variant, args = f'{config}:tensor', ('--config.train.steps=8',)
+  finish(start_two(variant, tmp_path / 'two', *args))
+  finish(
+    [start(variant, tmp_path / 'one', *args, '--config.sharding.cpu_devices=4')], [0]
+  )
+  assert_same_run(tmp_path / 'two', tmp_path / 'one', 8)
+  answers = [result(tmp_path / name, 8)[2] for name in ('two', 'one')]
+  assert answers[0] == answers[1]
+
+
+@pytest.mark.slow
+def test_only_the_first_process_speaks_and_writes(two):
+  workdir, (first, second) = two
+  assert f'done: {STEPS} steps' in first
+  assert 'step' not in second and 'error' not in second.lower()
+  words = (workdir / 'train.log').read_text()
+  assert words.count('compiled the step') == words.count(f'done: {STEPS}') == 1
+  steps = [x['step'] for x in lines(workdir) if 'train/loss' in x]
+  assert steps == [*range(3, STEPS, 3), STEPS]
+  assert len(list((workdir / 'tensorboard').iterdir())) == 1
+  pages = {p.name for p in (workdir / 'eval').iterdir()}
+  assert {f'{n}.{kind}' for n in (20, STEPS) for kind in ('json', 'html')} <= pages
+  assert saved(workdir) == list(range(4, STEPS + 1, 4))
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_a_checkpoint(two):
+  first, second = finish(start_two(None, two[0], script='eval.py'))
+  assert (
+    f'compared with eval/{STEPS}.json: vqa: 10 questions in common, identical' in first
+  )
+  assert 'step' not in second
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_one_process_or_in_two(config, two, tmp_path):
+  """From step 20, whose evaluation is there already, as if killed in step 21."""
+  for name in ('one', 'two'):
+    shutil.copytree(two[0], tmp_path / name)
+    for step in range(24, STEPS + 1, 4):
+      shutil.rmtree(tmp_path / name / 'checkpoints' / str(step))
+  one = start(config, tmp_path / 'one', '--config.sharding.cpu_devices=4')
+  assert 'going on from step 20' in finish([one], [0])[0]
+  assert_same_run(tmp_path / 'one', two[0], 24)
+  assert_same_run(tmp_path / 'one', two[0], STEPS, 1e-5)
+  assert 'going on from step 20' in finish(start_two(config, tmp_path / 'two'))[0]
+  assert result(tmp_path / 'two') == result(two[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('who', [0, 1])
+def test_a_signal_to_one_stops_both_at_one_step(config, two, tmp_path, number, who):
+  workdir = tmp_path / 'run'
+  running = start_two(config, workdir)
+  wait_for_step(running, workdir, 6)
+  running[who].send_signal(number)
+  first, _ = finish(running, seconds=60)
+  told = f'{number.name}: finishing the step' if who == 0 else 'another process was asked'
+  assert told in first
+  stopped = saved(workdir)[-1]
+  assert f'stopped at step {stopped}; the same command goes on' in first
+  finish(start_two(config, workdir))
+  assert result(workdir) == result(two[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('who', [0, 1])
+def test_kill_9_of_one_ends_the_other_and_loses_little(config, two, tmp_path, who):
+  workdir = tmp_path / 'run'
+  running = start_two(config, workdir)
+  wait_for_step(running, workdir, 9)
+  running[who].kill()
+  # A process in a step sees the connection break; one that waits for the other to
+  # write its part of a checkpoint is ended by JAX, which takes it 100 s to be sure.
+  err = finish(running, None, seconds=150)[1 - who]
+  assert 'error: lost another process' in err or 'another task died' in err
+  assert running[1 - who].returncode in (1, -signal.SIGABRT)
+  finish(start_two(config, workdir))
+  assert result(workdir) == result(two[0])
+
+
+@pytest.mark.slow
+def test_what_stops_one_process_stops_the_other(config, tmp_path):
+  """A document that can't be read: only the process that loads it knows."""
+  args = (f'--config.data.path={config.parent / "broken"}', '--config.eval={}',
+          '--config.data.max_bad_share=0')  # fmt: skip
+  errors = finish(start_two(config, tmp_path / 'run', *args), [1, 1])
+  told = [x for err in errors for x in err.splitlines() if x.startswith('error:')]
+  assert any(x.startswith('error: 1 of the last') for x in told)
+  assert any(x.startswith('error: lost another process') for x in told)
+
+
+@pytest.mark.slow
+def test_the_cluster_says_who_is_who(config, tmp_path):
+  """--distributed under SLURM, as `srun --ntasks=2` sets it up."""
+  slurm = {'SLURM_JOB_ID': '7', 'SLURM_STEP_NODELIST': 'localhost',
+           'SLURM_NTASKS': '2', 'SLURM_STEP_NUM_NODES': '1',
+           'JAX_COORDINATOR_PORT': str(free_port())}  # fmt: skip
+  running = [
+    start(config, tmp_path / 'run', '--distributed', '--config.train.steps=3',
+          **slurm, SLURM_PROCID=str(i), SLURM_LOCALID=str(i))
+    for i in range(2)
+  ]  # fmt: skip
+  first, second = finish(running)
+  assert 'done: 3 steps' in first and 'step' not in second
+
+
+def test_nobody_asked_for_more_processes(monkeypatch):
+  for variable in ('COORDINATOR_ADDRESS', 'NUM_PROCESSES', 'PROCESS_ID'):
+    monkeypatch.delenv(f'JAX_{variable}', raising=False)
+  assert not processes.start()
+  assert processes.gather({'a': 1}) == [{'a': 1}]
+  processes.barrier('alone')
+
+
+def test_half_of_an_answer_is_refused(monkeypatch):
+  with pytest.raises(ValueError, match=r'--process_id \(or JAX_PROCESS_ID\) is missing'):
+    processes.start(coordinator='localhost:1', num_processes=2)
+  monkeypatch.setenv('JAX_PROCESS_ID', 'one')
+  with pytest.raises(ValueError, match="JAX_PROCESS_ID='one' must be a number"):
+    processes.start(coordinator='localhost:1', num_processes=2)
+
+
+def test_a_process_that_cannot_join_says_so(monkeypatch):
+  def nobody(*_, **__):
+    raise RuntimeError('connection refused\nby localhost')
+
+  monkeypatch.setattr(jax.distributed, 'initialize', nobody)
+  with pytest.raises(ValueError, match='could not join .*: connection refused by local'):
+    processes.start(coordinator='localhost:1', num_processes=2, process_id=0)
+
+
+def test_what_one_process_says_of_itself(monkeypatch):
+  assert [bool(processes.anyone(said)) for said in (True, False)] == [True, False]
+  error = RuntimeError('UNKNOWN: Gloo all-reduce failed: Connection reset by peer')
+  assert not processes.is_lost(error)  # there is no other
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  assert processes.is_lost(error) and not processes.is_lost(ValueError('too many'))
+  assert processes.how_lost(error) == f'lost another process: {error}'
+
+
+def test_a_pod_without_the_flag_is_refused(monkeypatch):
+  processes.refuse_unjoined()
+  monkeypatch.setattr(jax, 'process_count', lambda: 4)
+  with pytest.raises(ValueError, match='one of 4 processes: start each with --distrib'):
+    processes.refuse_unjoined()
+
+
+def test_one_process_loads_all_rows():
+  for sizes in ({'data': 8}, {'data': 2, 'tensor': 4}, {'tensor': 8}):
+    mesh = sharding.make_mesh(sizes)
+    assert sharding.row_block(8, mesh, sharding.rules_for('dp')) == (0, 1)
