@@ -7,6 +7,7 @@ import pytest
 from documents import length, pack, random_document
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from wide import float64, largest_error, widen
 
 from mmjax import models
 from mmjax.batch import PackedBatch
@@ -189,3 +190,38 @@ def test_sampling_needs_and_follows_its_key():
 def test_refuses_to_write_nothing():
   with pytest.raises(ValueError, match='max_new must be at least 1, got 0'):
     make_generate(MODEL, 0, 1, Greedy())
+
+
+def test_cached_logits_differ_by_rounding_alone():
+  """In float64 cached logits are the full forward's to 1e-12 of the largest logit."""
+  model = MODEL.clone(dtype='float64', param_dtype='float64')
+  variables = {'params': widen(params())}
+
+  def logits(hidden):
+    return model.apply(variables, hidden, method='logits')
+
+  @jax.jit
+  def full(batch):
+    return logits(model.apply(variables, batch))
+
+  @jax.jit
+  def step(batch, cache, slot):
+    hidden, cache = model.apply(variables, batch, cache, slot, method='extend')
+    return logits(hidden), cache
+
+  rng, width = np.random.default_rng(0), 12
+  with float64():
+    for spans in ('i', 'tt', 'titi', 'iittt', 'tiiti'):
+      document = random_document(rng, spans)
+      batch = widen(pack([[document]], T=60))
+      want = np.asarray(full(batch))[0, : length(document)]
+      cache, start, got = model.empty_cache(1, width * 5), 0, []
+      for i, span in enumerate(document):
+        piece, n = widen(pack([[]], T=width)), length([span])
+        for name, x in vars(piece.stream).items():
+          x[0, :n] = getattr(batch.stream, name)[0, start : start + n]
+        piece = PackedBatch(piece.stream, batch.bank)
+        new, cache = step(piece, cache, jnp.int32(i * width))
+        got.append(np.asarray(new)[0, :n])
+        start += n
+      assert largest_error(np.concatenate(got), want) < 1e-12

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from documents import length, pack, random_document
 from flax import nnx
+from wide import float64, largest_error, widen
 
 from mmjax import models, sharding
 from mmjax.batch import PLACEHOLDER, BankBudget, Budget, Item
@@ -260,3 +261,22 @@ def test_bridges_to_nnx():
 
 def test_placeholders_are_in_no_vocabulary():
   assert max(PLACEHOLDER.values()) < 0
+
+
+@pytest.mark.slow
+def test_packing_and_padding_differ_by_rounding_alone():
+  """In float64 every entry agrees to 1e-13, sharp attention included: no leak."""
+  a, b, c = documents()
+  with float64():
+    model = MODEL.clone(dtype='float64', param_dtype='float64')
+
+    def run(rows, scale=1.0, **sizes):
+      weights = jax.tree.map(lambda x: scale * x, widen(params()))
+      return loss_and_grads(weights, widen(pack(rows, **sizes)), model)
+
+    packed, apart = run([[a, b, c], [], []]), run([[a], [b], [c]])
+    assert largest_error(packed, apart) < 1e-13
+    n = sum(map(length, (a, b, c)))
+    assert largest_error(run([[a, b, c], [], []], T=n, P=30), packed) < 1e-13
+    # What this would notice: parameters that differ by one part in 10 billion.
+    assert largest_error(run([[a], [b], [c]], scale=1 + 1e-10), apart) > 1e-11
