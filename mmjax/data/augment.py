@@ -9,7 +9,6 @@ is made from lengths alone.
 """
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Sequence
 
@@ -17,6 +16,7 @@ import numpy as np
 
 from mmjax.data import media
 from mmjax.data.document import Document, Image, Text
+from mmjax.names import closest
 
 _SIDES = re.compile(r'\b(left|right)(\b|-|most|hand|ward)', re.IGNORECASE)
 
@@ -52,11 +52,7 @@ def build(names: Sequence[str]) -> tuple[Mirror, ...]:
   """
   for name in names:
     if name not in AUGMENTATIONS:
-      near = difflib.get_close_matches(str(name), AUGMENTATIONS, n=1)
-      hint = f'; did you mean {near[0]!r}?' if near else ''
-      raise ValueError(
-        f'unknown augmentation {name!r}{hint} (choices: {", ".join(AUGMENTATIONS)})'
-      )
+      raise ValueError(f'unknown augmentation {name!r}{closest(name, AUGMENTATIONS)}')
   return tuple(AUGMENTATIONS[name]() for name in names)
 
 
