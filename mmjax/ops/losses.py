@@ -154,7 +154,11 @@ def _sums(logits, tokens, weights):
   log_z = jax.nn.logsumexp(logits, -1)
   # A trained slot is always text; the maximum only guards unused places.
   right = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[..., None], -1)[..., 0]
-  correct = jnp.argmax(logits, -1) == tokens
+  # The first of the largest, in two plain reductions: argmax is one slow loop on CPU.
+  V = logits.shape[-1]
+  ids = jnp.arange(V, dtype=tokens.dtype).reshape((1,) * (logits.ndim - 1) + (V,))
+  best = jnp.where(logits == jnp.max(logits, -1, keepdims=True), ids, V)
+  correct = jnp.min(best, -1) == tokens
   return (
     jnp.sum(weights * (log_z - right)),
     jnp.sum(weights * log_z**2),

@@ -178,3 +178,12 @@ def test_refuses(change):
     ValueError, match='needs num_targets >= 1, chunk >= 1 and two slots'
   ):
     loss_of(hidden, table, stream, **{'num_targets': 4, **change})
+
+
+def test_of_equal_logits_the_first_counts():
+  from mmjax.ops.losses import _sums
+
+  logits = jnp.zeros((1, 3, 5)).at[0, 2, 1:3].set(1.0)
+  tokens, ones = jnp.array([[0, 3, 1]]), jnp.ones((1, 3))
+  assert _sums(logits, tokens, ones)[2] == 2  # tokens 0 of all equal, and 1 before 2
+  assert _sums(logits * jnp.nan, tokens, ones)[2] == 0
