@@ -17,6 +17,6 @@ def get_config(variant: str = '') -> ConfigDict:
   config = runpy.run_path(str(QUICKSTART))['get_config'](variant)
   config.data.augment = ('mirror',)
   if not variant:
-    config.train.steps = 4500
+    config.train.steps = 2000
     config.eval.vqa.every = 500
   return config

@@ -54,7 +54,7 @@ def get_config(variant: str = '') -> ConfigDict:
         clip_norm=1.0,
       ),
       sharding=dict(preset='dp', max_replicated=1.0, cpu_devices=2),
-      train=dict(steps=950, log_every=20, checkpoint_every=200, keep=2),
+      train=dict(steps=600, log_every=20, checkpoint_every=200, keep=2),
       eval=dict(
         vqa=dict(
           split='test',
