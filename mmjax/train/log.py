@@ -37,6 +37,7 @@ class RunLog:
   def __init__(self, workdir, start: int, steps: int, active: bool = True):
     self._active = active
     self._began, self._start, self._steps = time.monotonic(), start, steps
+    self._bar = None
     self._evaluated: set[int] = set()
     if not active:
       return
@@ -52,15 +53,18 @@ class RunLog:
     purge = start + 1 if start else None
     self._board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge)
     self._terminal = sys.stderr.isatty()
-    self._bar = tqdm.tqdm(
-      total=steps, initial=start, unit='step', disable=not self._terminal,
-      file=sys.stderr, dynamic_ncols=True, smoothing=0.1,
-    )  # fmt: skip
 
   def advance(self) -> None:
     """One more step is on its way."""
-    if self._active:
-      self._bar.update()
+    if not self._active:
+      return
+    if self._bar is None:  # what was before the first step is no measure of the rest
+      self._began = time.monotonic()
+      self._bar = tqdm.tqdm(
+        total=self._steps, initial=self._start, unit='step', disable=not self._terminal,
+        file=sys.stderr, dynamic_ncols=True, smoothing=0.1,
+      )  # fmt: skip
+    self._bar.update()
 
   def evaluated(self, step: int) -> bool:
     """Whether the log already has an evaluation at this step."""
@@ -78,7 +82,7 @@ class RunLog:
     for name, value in metrics.items():
       self._board.add_scalar(name, value, step)
     text = self._text(step, line)
-    if self._terminal and 'train/loss' in metrics:
+    if self._terminal and self._bar is not None and 'train/loss' in metrics:
       self._bar.set_postfix_str(text, refresh=False)
       _log.debug('%s', text)
     else:
@@ -102,12 +106,14 @@ class RunLog:
       parts.append(f'skipped {line["train/skipped"]:.0f}')
     if bad := sum(v for k, v in line.items() if k.startswith('data/bad/')):
       parts.append(f'bad documents {bad:.0f}')
-    parts.append(f'ETA {left // 60}:{left % 60:02d}')
-    return '  '.join(parts[1:] if self._terminal else parts)
+    if self._terminal:
+      return '  '.join(parts[1:])  # the bar has the rest
+    return '  '.join([*parts, f'ETA {left // 60}:{left % 60:02d}'])
 
   def close(self) -> None:
     if self._active:
-      self._bar.close()
+      if self._bar is not None:
+        self._bar.close()
       with contextlib.suppress(OSError):  # a full disk, which was told already
         self._file.close()
         self._board.close()

@@ -6,6 +6,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -136,6 +137,100 @@ def test_a_signal_saves_and_exits_with_0(config, undisturbed, tmp_path, number):
   _, err = process.communicate(timeout=300)
   assert process.returncode == 0, err
   assert f'going on from step {max(kept)}' in err
+  assert result(tmp_path) == undisturbed
+
+
+class Terminal:
+  """train.py in a terminal of 120 columns; `out` is what the screen got."""
+
+  PTY = (
+    'import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))'
+  )
+
+  def __init__(self, config, workdir):
+    sized = ['sh', '-c', 'stty cols 120 rows 30; exec "$@"', 'sh', sys.executable]
+    command = [str(ROOT / 'train.py'), f'--config={config}', f'--workdir={workdir}']
+    self.process = subprocess.Popen(
+      [sys.executable, '-c', self.PTY, *sized, *command],
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)},
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+    )
+    self.out = ''
+    self.reader = threading.Thread(target=self._read, daemon=True)
+    self.reader.start()
+
+  def _read(self):
+    while chunk := os.read(self.process.stdout.fileno(), 4096):
+      self.out += chunk.decode(errors='replace')
+
+  def ctrl_c(self):
+    self.process.stdin.write(b'\x03')
+    self.process.stdin.flush()
+
+  def wait_for(self, seen):
+    end = time.monotonic() + 200
+    while not seen() and self.process.poll() is None:
+      assert time.monotonic() < end, self.out
+      time.sleep(0.001)
+
+  def finish(self):
+    """The exit code."""
+    code = self.process.wait(timeout=60)
+    self.reader.join()
+    self.process.stdin.close()
+    self.process.stdout.close()
+    return code
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal(config, undisturbed, tmp_path):
+  """Once: it saves. The bar is there, and tears no line."""
+  terminal = Terminal(config, tmp_path)
+  terminal.wait_for(lambda: last_step(tmp_path) >= 30)
+  terminal.ctrl_c()
+  assert terminal.finish() == 0, terminal.out
+  lines = [line.strip() for line in terminal.out.replace('\r', '\n').split('\n')]
+  step = max(int(p.name) for p in (tmp_path / 'checkpoints').iterdir())
+  for line in (
+    'SIGINT: finishing the step and saving (Ctrl-C now: at once)',
+    f'stopped at step {step}; the same command goes on',
+  ):
+    assert any(x.removeprefix('^C') == line for x in lines), terminal.out
+  bars = [line for line in lines if f'/{STEPS} [' in line and '%|' in line]
+  assert any('loss' in bar and 'trained tokens/s' in bar for bar in bars)
+  assert max(map(len, bars)) <= 120
+  process = start(config, tmp_path)
+  assert process.communicate(timeout=300)[1] and process.returncode == 0
+  assert result(tmp_path) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_at_once(config, undisturbed, tmp_path):
+  """Without saving, and what was saved before stays whole."""
+  for _ in range(5):  # until the second key comes before the step is saved
+    before = last_step(tmp_path)
+    terminal = Terminal(config, tmp_path)
+    saved = (tmp_path / 'checkpoints').glob
+    terminal.wait_for(
+      lambda before=before, saved=saved: (
+        last_step(tmp_path) >= before + 10 and any(p.name.isdigit() for p in saved('*'))
+      )
+    )
+    terminal.ctrl_c()
+    terminal.wait_for(lambda t=terminal: 'finishing the step' in t.out)
+    terminal.ctrl_c()
+    pressed = time.monotonic()
+    code = terminal.finish()
+    if code:
+      break
+  assert code == 256 - signal.SIGINT, terminal.out
+  assert time.monotonic() - pressed < 5
+  assert 'Traceback' not in terminal.out
+  process = start(config, tmp_path)
+  _, err = process.communicate(timeout=300)
+  assert process.returncode == 0, err
+  assert 'damaged' not in err and 'going on from step' in err
   assert result(tmp_path) == undisturbed
 
 

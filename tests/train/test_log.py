@@ -1,6 +1,7 @@
 """The log of a run that was killed and resumed reads as if nothing had happened."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -60,6 +61,20 @@ def test_a_line_says_what_one_wants_to_know(tmp_path, capsys):
   ):  # fmt: skip
     assert text in out
   assert 'loss 2.5' in (tmp_path / 'train.log').read_text()
+
+
+def test_eta_leaves_out_what_was_before_the_first_step(tmp_path, capsys, monkeypatch):
+  now = [0.0]
+  clock = types.SimpleNamespace(monotonic=lambda: now[0])
+  monkeypatch.setattr(log_lib, 'time', clock)
+  with log_lib.logging_to(tmp_path):
+    log = log_lib.RunLog(tmp_path, 100, 200)
+    now[0] = 3600.0  # compiling, and an evaluation that was missing
+    log.advance()
+    now[0] += 50.0
+    log.write(150, {'train/loss': 2.5})
+    log.close()
+  assert 'ETA 0:50' in capsys.readouterr().err
 
 
 def step(loss, weight, skipped=0.0):
