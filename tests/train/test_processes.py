@@ -102,7 +102,7 @@ def start_two(config, workdir, *args, **options):
   ]
 
 
-def finish(running, codes=(0, 0), seconds=200):
+def finish(running, codes=(0, 0), seconds=400):
   """Waits for all; their stderr."""
   end = time.monotonic() + seconds
   try:
@@ -118,7 +118,7 @@ def finish(running, codes=(0, 0), seconds=200):
 
 
 def wait_for_step(running, workdir, step):
-  end = time.monotonic() + 200
+  end = time.monotonic() + 400
   path = workdir / 'metrics.jsonl'
   while not path.exists() or not (got := lines(workdir)) or got[-1]['step'] < step:
     assert all(p.poll() is None for p in running), [p.err() for p in running]
@@ -241,7 +241,7 @@ def test_a_signal_to_one_stops_both_at_one_step(config, two, tmp_path, number, w
   running = start_two(config, workdir)
   wait_for_step(running, workdir, 6)
   running[who].send_signal(number)
-  first, _ = finish(running, seconds=60)
+  first, _ = finish(running, seconds=120)
   told = f'{number.name}: finishing the step' if who == 0 else 'another process was asked'
   assert told in first
   stopped = saved(workdir)[-1]
