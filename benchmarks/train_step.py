@@ -11,10 +11,17 @@ process of its own; rounds alternate; medians are reported, as one JSON line:
   mixture  documents of mixed lengths: torch pads 8 documents to the longest, mmjax
            packs them; counted are the slots that are not padding ("useful")
 
-torch runs "stock" and "unlocked": Intel's MKL, which torch uses, picks slow code on
-other makers' processors unless a two-line library, preloaded, tells it otherwise.
-Peak memory is the resident set during the timed steps (start-up and compilation
-not counted).
+torch runs "stock" and, where the processor isn't Intel's, "unlocked": Intel's MKL,
+which torch uses, picks slow code on other makers' processors unless a two-line
+library, preloaded, tells it otherwise. Every contestant first times a product of two
+2048 x 2048 matrices: the ceiling that its step can be held against. All of them run
+with huge pages in malloc (glibc), without which every step of either side pays for
+the same memory, page by page, again. Seconds are of the clock; CPU-seconds are of
+all threads, and say more than the clock where the machine has other work (for torch
+with --threads 1 only, since its idle threads spin). Peak memory is the resident set
+during the timed steps (start-up and compilation not counted).
+
+`benchmarks/table.py` prints the report as a table.
 """
 
 import argparse
@@ -31,7 +38,11 @@ import time
 import numpy as np
 
 HERE = pathlib.Path(__file__).resolve().parent
-UNLOCK = 'int mkl_serv_intel_cpu_true(void) { return 1; }\n'
+UNLOCK = ''.join(
+  f'int mkl_serv_intel_cpu{x}(void) {{ return 1; }}\n' for x in ('_true', '')
+)
+# What one would set on a CPU: layers one by one are not copied to and from a stack.
+MODEL = dict(scan=False)
 
 SIZES = dict(
   vocab_size=32_000,
@@ -44,6 +55,7 @@ SIZES = dict(
   patch_channels=16 * 16 * 3,
   rope_base=10_000.0,
 )
+CONTESTANTS = ('mmjax', 'mmjax-bf16', 'torch', 'torch-trained', 'torch-bf16')
 ROWS, T = 8, 512
 GRID = (1, 12, 12)
 DOCUMENTS = 64  # of the mixture
@@ -94,22 +106,26 @@ def mixture_examples():
 
 
 def mixture_packed(found):
-  """All documents in as few batches of ROWS rows as first-fit-decreasing finds."""
+  """All documents in as few batches of ROWS rows as first-fit-decreasing finds.
+
+  A row holds T slots, at most 480 of them trained, and 2 images: what the largest
+  documents need.
+  """
   from mmjax.batch import BankBudget, Budget
   from mmjax.data.pack import pack
 
-  budget = Budget(T, T, {'image': BankBudget(432, 3, SIZES['patch_channels'])})
+  budget = Budget(T, 480, {'image': BankBudget(288, 2, SIZES['patch_channels'])})
   rows = []
   for example in sorted(found, key=len, reverse=True):
     images = example.media['image'].item_order.size if example.media else 0
+    need = np.array([len(example), (example.weights > 0).sum(), images])
     for row in rows:
-      if row['free'] >= len(example) and row['images'] >= images:
+      if (row['free'] >= need).all():
         break
     else:
-      row = {'free': T, 'images': 3, 'documents': []}
+      row = {'free': np.array([T, budget.targets, 2]), 'documents': []}
       rows.append(row)
-    row['free'] -= len(example)
-    row['images'] -= images
+    row['free'] = row['free'] - need
     row['documents'].append(example)
   packed = [row['documents'] for row in rows]
   while len(packed) % ROWS:
@@ -138,7 +154,7 @@ def useful(batches):
   return int(sum((b.stream.segment_ids > 0).sum() for b in batches))
 
 
-def mmjax_parts(budget, devices=1):
+def mmjax_parts(budget, devices=1, dtype='float32'):
   import jax
   from ml_collections import ConfigDict
 
@@ -155,7 +171,8 @@ def mmjax_parts(budget, devices=1):
       image=dict(patches=image.patches, items=image.items),
     )
   )
-  run.model = ConfigDict(dict(name='unified', tie_embeddings=False, **fields))
+  fields |= {'tie_embeddings': False, 'dtype': dtype, **MODEL}
+  run.model = ConfigDict(dict(name='unified', **fields))
   run.optim.update(
     name='adamw',
     learning_rate=1e-4,
@@ -170,13 +187,13 @@ def mmjax_parts(budget, devices=1):
 class Mmjax:
   """The contestant: mmjax's own step, compiled once per shape."""
 
-  def __init__(self, batches, budget, devices):
+  def __init__(self, batches, budget, devices, dtype):
     import jax
 
     from mmjax import sharding
     from mmjax.train import step
 
-    parts = mmjax_parts(budget, devices)
+    parts = mmjax_parts(budget, devices, dtype)
     self.jax, self.parts = jax, parts
     with sharding.use(parts.mesh, parts.rules):
       self.state = parts.init(jax.random.key(0))
@@ -195,11 +212,11 @@ class Mmjax:
 class Torch:
   """The contestant in PyTorch."""
 
-  def __init__(self, batches, head, bf16):
+  def __init__(self, batches, head, bf16, threads):
     import torch
     import torch_unified
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     self.model = torch_unified.Unified(torch_sizes())
     self.step = torch_unified.make_step(self.model, 1e-4, head, bf16)
@@ -247,9 +264,8 @@ def copy_weights(params, model):
   put(model.patch.bias, p['embed']['image']['bias'])
   put(model.head.weight, p['head'].T)
   put(model.norm.weight, p['transformer']['norm']['scale'])
-  layers = p['transformer']['layers']
   for i, block in enumerate(model.blocks):
-    one = jax.tree.map(lambda x, i=i: x[i], layers)
+    one = p['transformer'][f'layer_{i}']
     put(block.norm_attention.weight, one['attention_norm']['scale'])
     put(block.norm_mlp.weight, one['mlp_norm']['scale'])
     for name in ('query', 'key', 'value'):
@@ -277,49 +293,82 @@ def compare():
   return {'mmjax': float(total / sums['weight']), 'torch': there}
 
 
-def serve(name, case, devices):
+def ceiling(name, threads):
+  """GFLOP/s of a product of 2048 x 2048 float32 matrices, the best of ten."""
+  if name.startswith('mmjax'):
+    import jax
+
+    x = jax.numpy.ones((2048, 2048))
+    product = jax.jit(jax.numpy.matmul)
+
+    def multiply():
+      product(x, x).block_until_ready()
+  else:
+    import torch
+
+    torch.set_num_threads(threads)
+    x = torch.ones(2048, 2048)
+
+    def multiply():
+      torch.matmul(x, x)
+
+  multiply()
+  times = []
+  for _ in range(10):
+    start = time.perf_counter()
+    multiply()
+    times.append(time.perf_counter() - start)
+  return round(2 * 2048**3 / min(times) / 1e9)
+
+
+def serve(name, case, devices, threads):
   """A contestant's process: a line in, seconds out."""
-  if name == 'mmjax':
+  if name.startswith('mmjax'):
     import jax
 
     jax.config.update('jax_num_cpu_devices', devices)
   found = mixture_examples() if case == 'mixture' else None
-  if name == 'mmjax':
+  if name.startswith('mmjax'):
     batches, budget = (
       mixture_packed(found)
       if case == 'mixture'
       else ([fixed_batch()[0]], fixed_batch()[1])
     )
-    contestant = Mmjax(batches, budget, devices)
+    dtype = 'bfloat16' if name == 'mmjax-bf16' else 'float32'
+    contestant = Mmjax(batches, budget, devices, dtype)
   else:
     batches = mixture_padded(found) if case == 'mixture' else [fixed_batch()[0]]
-    head = 'trained' if name == 'torch-trained' else 'all'
-    contestant = Torch(batches, head, name == 'torch-bf16')
-  slots = sum(b.stream.tokens.size for b in batches)
+    head = 'all' if name == 'torch' else 'trained'
+    contestant = Torch(batches, head, name == 'torch-bf16', threads)
   facts = {
+    'steps': len(batches),
     'useful': useful(batches),
-    'slots': int(slots),
+    'slots': int(sum(b.stream.tokens.size for b in batches)),
     'trained': int(sum((b.stream.weights > 0).sum() for b in batches)),
+    'ceiling': ceiling(name, threads),
   }
   contestant.run()
   pathlib.Path('/proc/self/clear_refs').write_text('5')  # peak memory from here on
   print(json.dumps(facts), flush=True)
   for _ in sys.stdin:
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     loss = contestant.run()
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     status = pathlib.Path('/proc/self/status').read_text()
     peak = next(int(x.split()[1]) for x in status.splitlines() if x.startswith('VmHWM'))
-    print(json.dumps([seconds, loss, peak * 1024 / 1e9]), flush=True)
+    print(json.dumps([seconds, loss, peak * 1024 / 1e9, cpu]), flush=True)
 
 
 class Process:
-  def __init__(self, name, case, devices, preload=None):
-    env = {**os.environ, 'OMP_NUM_THREADS': '2', 'JAX_PLATFORMS': 'cpu'}
+  def __init__(self, name, case, args, preload=None):
+    env = {**os.environ, 'OMP_NUM_THREADS': str(args.threads), 'JAX_PLATFORMS': 'cpu'}
+    env['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
     if preload:
       env['LD_PRELOAD'] = preload
     command = [sys.executable, __file__, '--serve', name, '--case', case]
-    command += ['--devices', str(devices)]
+    command += ['--devices', str(args.devices), '--threads', str(args.threads)]
+    if args.threads == 1:
+      command = ['taskset', '-c', str(min(os.sched_getaffinity(0))), *command]
     pipe = subprocess.PIPE
     self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env)
     self.facts = self._read()
@@ -343,6 +392,9 @@ class Process:
     return {
       'seconds': round(seconds, 3),
       'range': [round(f(r[0] for r in self.rounds), 3) for f in (min, max)],
+      'cpu_seconds': round(min(r[3] for r in self.rounds), 3),
+      'steps': self.facts['steps'],
+      'ceiling_gflops': self.facts['ceiling'],
       'trained_per_second': round(self.facts['trained'] / seconds),
       'useful_per_second': round(self.facts['useful'] / seconds),
       'fill': round(self.facts['useful'] / self.facts['slots'], 3),
@@ -350,10 +402,17 @@ class Process:
     }
 
 
+def processor():
+  """Maker and model, as the kernel knows them."""
+  text = pathlib.Path('/proc/cpuinfo').read_text()
+  fields = dict(x.split('\t: ', 1) for x in text.splitlines() if '\t: ' in x)
+  return f'{fields.get("vendor_id", "?")} {fields.get("model name", "?").strip()}'
+
+
 def unlock(folder):
-  """The preloaded library's path, or None without a C compiler."""
+  """The preloaded library's path; None on Intel's processors or without a compiler."""
   compiler = shutil.which('cc') or shutil.which('gcc')
-  if compiler is None:
+  if compiler is None or processor().startswith('GenuineIntel'):
     return None
   source, library = folder / 'unlock.c', folder / 'unlock.so'
   source.write_text(UNLOCK)
@@ -368,31 +427,43 @@ def main():
   parser.add_argument(
     '--devices', type=int, default=2, help='devices that mmjax makes of the CPU'
   )
+  parser.add_argument('--threads', type=int, default=2, help='1 = all on one core')
+  parser.add_argument(
+    '--only', help='contestants, e.g. mmjax,torch-trained; default all', default=''
+  )
   parser.add_argument('--serve', help=argparse.SUPPRESS)
   parser.add_argument('--case', help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.serve:
-    serve(args.serve, args.case, args.devices)
+    serve(args.serve, args.case, args.devices, args.threads)
     return
-  report = {'benchmark': 'train_step', 'devices': args.devices, 'same_loss': compare()}
+  if args.threads == 1:
+    args.devices = 1
+  report = {
+    'benchmark': 'train_step',
+    'processor': processor(),
+    'devices': args.devices,
+    'threads': args.threads,
+    'model': MODEL,
+    'same_loss': compare(),
+  }
   with tempfile.TemporaryDirectory() as folder:
     library = unlock(pathlib.Path(folder))
     for case in args.cases.split(','):
-      names = {'mmjax': None, 'torch': None, 'torch-trained': None, 'torch-bf16': None}
-      running = {n: Process(n, case, args.devices, p) for n, p in names.items()}
+      names = args.only.split(',') if args.only else CONTESTANTS
+      running = {n: Process(n, case, args) for n in names}
       if library:
-        for n in ('torch', 'torch-trained'):
-          running[f'{n} unlocked'] = Process(n, case, args.devices, library)
+        for n in {'torch', 'torch-trained'} & set(names):
+          running[f'{n} unlocked'] = Process(n, case, args, library)
       for _ in range(args.rounds):
         for process in running.values():
           process.round()
           time.sleep(0.5)  # idle threads of the last one stop spinning
       results = {n: p.result() for n, p in running.items()}
-      ours = results['mmjax']
       for r in results.values():
-        r['mmjax_is_faster'] = round(
-          ours['useful_per_second'] / r['useful_per_second'], 2
-        )
+        if 'mmjax' in results:
+          ours = results['mmjax']['useful_per_second']
+          r['mmjax_is_faster'] = round(ours / r['useful_per_second'], 2)
       report[case] = results
   print(json.dumps(report))
 
