@@ -1,6 +1,6 @@
 """Easy-VQA to the end: the quickstart's data and model, longer, with mirrored images.
 
-Expect: TODO
+Expect: to be filled in
 
 COMMAND: python train.py --config=configs/easy_vqa.py --workdir=runs/easy_vqa
 """

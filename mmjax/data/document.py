@@ -107,6 +107,24 @@ def kind_of(span: Span) -> str:
   return kind
 
 
+def check_branches(document: Document) -> None:
+  """Sees to it that branches count from 1 and each stands in one place.
+
+  Raises:
+    BadDocument: 'bad_branch', or 'unknown_span'.
+  """
+  current, seen = 0, {0}
+  for span in document.spans:
+    kind_of(span)
+    branch, before, current = span.branch, current, span.branch
+    if branch == before:
+      continue
+    if branch < 0 or (branch and branch in seen):
+      why = 'is negative' if branch < 0 else 'stands in two places'
+      raise BadDocument('bad_branch', f'document {document.id!a}: branch {branch} {why}')
+    seen.add(branch)
+
+
 def encode(document: Document) -> bytes:
   """A document as bytes. Images given as arrays are stored as PNG.
 

@@ -29,7 +29,7 @@ import numpy as np
 
 from mmjax.batch import FOREVER, PLACEHOLDER, Item
 from mmjax.data import media as media_lib
-from mmjax.data.document import BadDocument, Document, Image, kind_of
+from mmjax.data.document import BadDocument, Document, Image, check_branches, kind_of
 
 Slots = Callable[[Item], tuple[int, int, int]]
 
@@ -93,7 +93,7 @@ def to_example(
       each other) or 'causal' (each has its own).
 
   Returns:
-    The example. Its first slot is never trained: nothing stands before it.
+    The example. A slot that nothing stands before (the first one) is never trained.
 
   Raises:
     BadDocument: 'unsupported_<kind>' without a rule, 'empty', 'nothing_trained',
@@ -102,10 +102,11 @@ def to_example(
   """
   if image_attention not in ('block', 'causal'):
     raise ValueError(f"image_attention={image_attention!r}; choose 'block' or 'causal'")
+  check_branches(document)
   parts = _Parts()
   for span in document.spans:
     kind = kind_of(span)
-    parts.branch(span.branch, document.id)
+    parts.branch(span.branch)
     if kind == 'text':
       ids = tokenizer.encode(span.text)
       parts.text([*ids, tokenizer.end_id] if span.trained else ids, span.trained)
@@ -134,7 +135,7 @@ class _Parts:
   """Collects the arrays of spans one after the other."""
 
   def __init__(self):
-    self.current, self.branches = 0, {0}  # the branch we are in; all that were
+    self.current = 0  # the branch we are in
     self.fork = None  # the trunk's position where the branch left it
     self.rank = 0  # the next slot's order
     self.position = 0  # the next text token's position
@@ -144,18 +145,13 @@ class _Parts:
     self.num_slots = {}  # by kind
     self.media = {}
 
-  def branch(self, branch, name):
+  def branch(self, branch):
     """What comes next is of this branch."""
-    if branch == self.current:
-      return
-    if branch < 0 or (branch and branch in self.branches):
-      why = 'is negative' if branch < 0 else 'stands in two places'
-      raise BadDocument('bad_branch', f'document {name!a}: branch {branch} {why}')
-    self.branches.add(branch)
-    self._close_text()
-    self._close_branch()
-    self.current = branch
-    self.fork = self.position if branch else None
+    if branch != self.current:
+      self._close_text()
+      self._close_branch()
+      self.current = branch
+      self.fork = self.position
 
   def _close_branch(self):
     until = self.rank - 1 if self.current else FOREVER
@@ -203,17 +199,21 @@ class _Parts:
     n = sum(map(len, self.tokens))
     if not n:
       raise BadDocument('empty', f'document {name!a} holds nothing')
+    order, until = np.concatenate(self.order), np.concatenate(self.until)
     weights = np.concatenate(self.weights)
-    weights[0] = 0.0
+    # Slots that nothing stands before: the first one, and of branches without a trunk.
+    lone = np.append(True, until[:-1] < order[1:]) & ~np.append(
+      False, np.cumsum(until == FOREVER)[:-1] > 0
+    )
+    weights[lone] = 0.0
     if not weights.any():
       raise BadDocument('nothing_trained', f'document {name!a}')
-    order = np.concatenate(self.order)
     return Example(
       tokens=np.concatenate(self.tokens),
       order=order,
       first=np.zeros_like(order),
       last=order.copy(),
-      until=np.concatenate(self.until),
+      until=until,
       positions=np.concatenate(self.positions),
       weights=weights,
       source=np.concatenate(self.source),

@@ -256,7 +256,7 @@ class Tfds:
         'bad_record', f'{name}: {len(prompts)} prompts, {len(texts)} texts'
       )
     for j, text in enumerate(texts):
-      branch = j + 1 if len(texts) > 1 else 0
+      branch = j + 1 if self.image and len(texts) > 1 else 0
       if prompts:
         spans += [Text(prompts[j], False, branch), Text(f' {text}', True, branch)]
       else:

@@ -26,21 +26,27 @@ def measure(document: Document, tokenizer, max_pixels: int = media.MAX_PIXELS):
   """(text tokens, targets, [(kind, native size), ...]) of a document.
 
   Raises:
-    BadDocument: what can't be decoded, 'empty', 'nothing_trained', 'not_unicode'.
+    BadDocument: what can't be decoded, 'empty', 'nothing_trained', 'not_unicode',
+      'bad_branch'.
   """
+  document_lib.check_branches(document)
   text_tokens = targets = 0
-  items = []
+  items, begun = [], set()  # begun: branches that have something
   for i, span in enumerate(document.spans):
     kind = document_lib.kind_of(span)
+    first = not begun & {0, span.branch}  # nothing stands before it
     if kind != 'text':
       items.append((KINDS.index(kind), media.native_size(span, max_pixels)))
+      begun.add(span.branch)
       continue
     try:
       n = len(tokenizer.encode(span.text)) + bool(span.trained)
     except UnicodeError as error:
       raise BadDocument('not_unicode', f'span {i}: {error}') from None
     if span.trained:
-      targets += n - (n > 0 and not text_tokens and not items)  # slot 0 isn't trained
+      targets += n - (n > 0 and first)  # the first slot isn't trained
+    if n:
+      begun.add(span.branch)
     text_tokens += n
   if not text_tokens and not items:
     raise BadDocument('empty', f'document {document.id!a} holds nothing')

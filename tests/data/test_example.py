@@ -99,8 +99,20 @@ def test_tags_follow_the_rules(attention, some):
     assert array.dtype == (np.float32 if name == 'weights' else np.int32)
 
 
-@given(some=spans)
-def test_the_sidecar_foretells_the_lengths(some):
+def branched(spans, seed):
+  """The spans, some of them in branches."""
+  rng, branch, last = np.random.default_rng(seed), 0, 0
+  for span in spans:
+    move = rng.integers(3)
+    if move:
+      branch = 0 if move == 1 else last + 1
+      last = max(last, branch)
+    yield dataclasses.replace(span, branch=branch)
+
+
+@given(some=spans, seed=st.integers(0, 99))
+def test_the_sidecar_foretells_the_lengths(some, seed):
+  some = list(branched(some, seed))
   try:
     text_tokens, targets, items = measure(Document(tuple(some)), TOKENIZER)
   except BadDocument as error:

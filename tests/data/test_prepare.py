@@ -74,6 +74,14 @@ def test_jsonl_lines_become_documents(folder):
   assert len(Dataset(folder / 'out', 'test')) == 1
 
 
+def test_lines_may_have_branches(folder):
+  said = [{'text': 'q', 'branch': 1}, {'text': 'a', 'trained': True, 'branch': 1}]
+  write(folder, {'spans': [{'image': 'images/a.png'}, *said]}, mode='w')
+  run(folder)
+  got = Dataset(folder / 'out', 'train')[0].spans
+  assert got[1:] == (Text('q', False, 1), Text('a', True, 1)) and got[0].branch == 0
+
+
 def test_sound_and_video_are_carried_as_files(folder):
   (folder / 'v.mp4').write_bytes(b'film')
   line = {'spans': [{'video': 'v.mp4', 'fps': 25}, {'audio': 'v.mp4', 'rate': 8000},
@@ -97,6 +105,10 @@ BAD = [
   ({'spans': [{'text': 3, 'trained': True}]}, 'bad_line'),
   ({'spans': [{'text': 'a', 'trained': 'yes'}]}, 'bad_line'),
   ({'spans': [{'text': 'a', 'trained': True}], 'meta': {'types': [1]}}, 'bad_line'),
+  ({'spans': [{'text': 'a', 'trained': True, 'branch': '1'}]}, 'bad_line'),
+  ({'spans': [{'text': 'a', 'trained': True, 'branch': -1}]}, 'bad_line'),
+  ({'spans': [{'text': 'a', 'trained': True, 'branch': b} for b in (1, 0, 1)]},
+   'bad_branch'),
   ({'spans': [{'text': '\ud800', 'trained': True}]}, 'not_unicode'),
   ({'spans': [{'smell': 'a'}]}, 'unknown_span'),
   ({'spans': ['a']}, 'unknown_span'),
@@ -130,7 +142,7 @@ def test_bad_lines_are_counted_and_named(folder):
   assert meta['dropped'] == dict(sorted(want.items()))
   assert meta['splits']['train']['documents'] == 3
   assert meta['dropped_first']['bad_json'].startswith('d.jsonl line 4: ')
-  assert meta['dropped_first']['not_image'].startswith('23: ')
+  assert meta['dropped_first']['not_image'].startswith('26: ')
   assert f'  first bad_json: {meta["dropped_first"]["bad_json"]}' in report(meta)
 
 
@@ -138,7 +150,7 @@ def test_each_bad_line_has_its_reason(folder):
   (folder.parent / 'secret.png').write_bytes(png('red'))
   (folder / 'link.png').symlink_to(folder.parent / 'secret.png')
   (folder / 'half.png').write_bytes(b'half')
-  late = ('empty', 'nothing_trained', 'not_image', 'truncated_image', None)
+  late = ('bad_branch', 'empty', 'nothing_trained', 'not_image', 'truncated_image', None)
   for line, reason in BAD:
     write(folder, line)
     ((_, got),) = sources.build(f'jsonl:{folder / "d.jsonl"}').records()
@@ -271,6 +283,8 @@ def test_easy_vqa_has_all_questions(tmp_path):
       assert isinstance(image, Image)
       asked, answers = texts[::2], texts[1::2]
       assert not any(t.trained for t in asked) and all(t.trained for t in answers)
+      branches = list(range(1, 1 + len(asked)))  # no question sees another
+      assert [t.branch for t in asked] == [t.branch for t in answers] == branches
       number = int(document.id.removeprefix(f'{split}/'))
       turns += [(a.text, b.text.strip(), number) for a, b in zip(asked, answers)]
       for kind, answer in zip(document.meta['types'], answers, strict=True):
@@ -380,7 +394,7 @@ def test_tfds_features_become_spans(tmp_path):
   several = sorted(iterate(tmp_path / 'several'), key=lambda d: len(d.spans))
   kinds = [[type(span) for span in document.spans] for document in several]
   assert kinds == [[Image, Text], [Image, Image, Text, Text]]
-  assert several[1].spans[2:] == (Text('a', True), Text('b', True))
+  assert several[1].spans[2:] == (Text('a', True, 1), Text('b', True, 2))
   meta = json.loads((tmp_path / 'several' / 'meta.json').read_text())
   assert meta['dropped'] == {'empty': 1} and list(meta['splits']) == ['train']
   uneven = json.loads((tmp_path / 'uneven' / 'meta.json').read_text())
