@@ -1,6 +1,7 @@
 """Easy-VQA to the end: the quickstart's data and model, longer, with mirrored images.
 
-Expect: to be filled in
+Expect: test accuracy 0.9986 over all questions (0.591 with the pictures of other
+documents, 0.647 with blank ones), in 25 minutes on 2 CPU cores that had other work too.
 
 COMMAND: python train.py --config=configs/easy_vqa.py --workdir=runs/easy_vqa
 """
