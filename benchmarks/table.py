@@ -10,7 +10,6 @@ import sys
 
 NAMES = {
   'mmjax': 'mmjax',
-  'mmjax-bf16': 'mmjax, bfloat16',
   'torch': 'PyTorch, logits of all positions',
   'torch-trained': 'PyTorch, logits of trained positions',
   'torch-bf16': 'PyTorch, bfloat16, logits of trained positions',

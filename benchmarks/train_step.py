@@ -55,7 +55,7 @@ SIZES = dict(
   patch_channels=16 * 16 * 3,
   rope_base=10_000.0,
 )
-CONTESTANTS = ('mmjax', 'mmjax-bf16', 'torch', 'torch-trained', 'torch-bf16')
+CONTESTANTS = ('mmjax', 'torch', 'torch-trained', 'torch-bf16')
 ROWS, T = 8, 512
 GRID = (1, 12, 12)
 DOCUMENTS = 64  # of the mixture
@@ -154,7 +154,7 @@ def useful(batches):
   return int(sum((b.stream.segment_ids > 0).sum() for b in batches))
 
 
-def mmjax_parts(budget, devices=1, dtype='float32'):
+def mmjax_parts(budget, devices=1):
   import jax
   from ml_collections import ConfigDict
 
@@ -171,7 +171,7 @@ def mmjax_parts(budget, devices=1, dtype='float32'):
       image=dict(patches=image.patches, items=image.items),
     )
   )
-  fields |= {'tie_embeddings': False, 'dtype': dtype, **MODEL}
+  fields |= {'tie_embeddings': False, **MODEL}
   run.model = ConfigDict(dict(name='unified', **fields))
   run.optim.update(
     name='adamw',
@@ -187,13 +187,13 @@ def mmjax_parts(budget, devices=1, dtype='float32'):
 class Mmjax:
   """The contestant: mmjax's own step, compiled once per shape."""
 
-  def __init__(self, batches, budget, devices, dtype):
+  def __init__(self, batches, budget, devices):
     import jax
 
     from mmjax import sharding
     from mmjax.train import step
 
-    parts = mmjax_parts(budget, devices, dtype)
+    parts = mmjax_parts(budget, devices)
     self.jax, self.parts = jax, parts
     with sharding.use(parts.mesh, parts.rules):
       self.state = parts.init(jax.random.key(0))
@@ -295,7 +295,7 @@ def compare():
 
 def ceiling(name, threads):
   """GFLOP/s of a product of 2048 x 2048 float32 matrices, the best of ten."""
-  if name.startswith('mmjax'):
+  if name == 'mmjax':
     import jax
 
     x = jax.numpy.ones((2048, 2048))
@@ -323,19 +323,18 @@ def ceiling(name, threads):
 
 def serve(name, case, devices, threads):
   """A contestant's process: a line in, seconds out."""
-  if name.startswith('mmjax'):
+  if name == 'mmjax':
     import jax
 
     jax.config.update('jax_num_cpu_devices', devices)
   found = mixture_examples() if case == 'mixture' else None
-  if name.startswith('mmjax'):
+  if name == 'mmjax':
     batches, budget = (
       mixture_packed(found)
       if case == 'mixture'
       else ([fixed_batch()[0]], fixed_batch()[1])
     )
-    dtype = 'bfloat16' if name == 'mmjax-bf16' else 'float32'
-    contestant = Mmjax(batches, budget, devices, dtype)
+    contestant = Mmjax(batches, budget, devices)
   else:
     batches = mixture_padded(found) if case == 'mixture' else [fixed_batch()[0]]
     head = 'all' if name == 'torch' else 'trained'
@@ -384,6 +383,7 @@ class Process:
     self.process.stdin.write('go\n')
     self.process.stdin.flush()
     self.rounds.append(self._read())
+    return self.rounds[-1][0]
 
   def result(self):
     self.process.stdin.close()
@@ -455,9 +455,11 @@ def main():
       if library:
         for n in {'torch', 'torch-trained'} & set(names):
           running[f'{n} unlocked'] = Process(n, case, args, library)
-      for _ in range(args.rounds):
-        for process in running.values():
-          process.round()
+      for i in range(args.rounds):
+        for name, process in running.items():
+          seconds = process.round()
+          where = f'{case}, round {i + 1} of {args.rounds}'
+          print(f'{where}: {name} {seconds:.2f} s', file=sys.stderr, flush=True)
           time.sleep(0.5)  # idle threads of the last one stop spinning
       results = {n: p.result() for n, p in running.items()}
       for r in results.values():
