@@ -7,6 +7,9 @@
 Patches enter the stream through one linear projection, no encoder, no marker of
 modality (Fuyu type); who sees whom stands in the batch's tags, so text can be
 causal while the patches of one image see each other.
+
+Without media it is a language model, and its fields make it that of Llama, Qwen2,
+Gemma or GPT-2 (see `nn.transformer` and `interop.huggingface`).
 """
 
 import dataclasses
@@ -31,7 +34,11 @@ class Unified(nn.Module):
     vocab_size: V, any number.
     embed_dim, num_layers, num_heads, num_kv_heads, head_dim, mlp_dim: D, L, N, K, H, F.
     media: ((kind, channels), ...), e.g. (('image', 8 * 8 * 3),).
-    activation: of the gated MLP: silu, gelu or gelu_tanh.
+    activation: of the MLP: silu, gelu, gelu_tanh or quick_gelu.
+    gated: act(x gate) * (x up) down, or act(x up) down.
+    norm: rms, rms_offset (the factor is 1 + scale) or layer.
+    post_norm: norms after each branch, as in BERT, and not before it.
+    bias: of products: none, qkv or all.
     qk_norm: normalise queries and keys of each head.
     tie_embeddings: the head is the text table.
     scale_embedding: multiply text embeddings by sqrt(D) (1706.03762, section 3.4).
@@ -40,7 +47,8 @@ class Unified(nn.Module):
     remat: what a layer keeps for the backward pass, see `nn.transformer.REMAT`.
     scan: one stacked layer, scanned, or layers one by one.
     chunk, reach: of attention, see `ops.attention.attend`.
-    rope_base, rope_sections: see `ops.positions`.
+    max_positions: > 0 adds a learned vector per position; NaN from there on.
+    rotary: rotary positions; rope_base, rope_sections: see `ops.positions`.
     dtype: of compute; param_dtype: of storage.
   """
 
@@ -53,15 +61,21 @@ class Unified(nn.Module):
   mlp_dim: int = 384
   media: tuple[tuple[str, int], ...] = ()
   activation: str = 'silu'
+  gated: bool = True
+  norm: str = 'rms'
+  post_norm: bool = False
+  bias: str = 'none'
   qk_norm: bool = False
   tie_embeddings: bool = True
   scale_embedding: bool = True
   modality_embedding: bool = False
+  max_positions: int = 0
   dropout: float = 0.0
   remat: str = 'none'
   scan: bool = True
   chunk: int = 512
   reach: int | tuple[int, int] | None = None
+  rotary: bool = True
   rope_base: float = 10_000.0
   rope_sections: tuple[int, int, int] | None = None
   norm_eps: float = 1e-6
@@ -89,6 +103,7 @@ class Unified(nn.Module):
       tuple((kind, channels) for kind, channels in self.media),
       self.scale_embedding,
       self.modality_embedding,
+      self.max_positions,
       self.dtype,
       self.param_dtype,
     )

@@ -53,7 +53,8 @@ class StreamEmbed(nn.Module):
 
   Fields: media is ((kind, channels), ...); scale multiplies text embeddings by
   sqrt(D), so that they enter with the size of a projected patch; modality adds
-  a learned vector per kind.
+  a learned vector per kind; max_positions > 0 adds a learned vector per position
+  (in time), as in GPT-2 and BERT.
   """
 
   vocab_size: int
@@ -61,6 +62,7 @@ class StreamEmbed(nn.Module):
   media: tuple[tuple[str, int], ...] = ()
   scale: bool = True
   modality: bool = False
+  max_positions: int = 0
   dtype: Any = 'float32'
   param_dtype: Any = 'float32'
 
@@ -72,12 +74,17 @@ class StreamEmbed(nn.Module):
       kind: MediaProjection(C, D, self.dtype, self.param_dtype, name=kind)
       for kind, C in self.media
     }
+    if self.max_positions:
+      shape, axes = (self.max_positions, D), (None, 'embed')
+      self.positions = param(self, 'positions', normal, shape, axes, self.param_dtype)
     if self.modality:
       shape, axes = (1 + len(self.media), D), (None, 'embed')
       self.kinds = param(self, 'modality', normal, shape, axes, self.param_dtype)
 
   def __call__(self, batch: PackedBatch) -> jax.Array:
     """Returns f[B, T, D]; the batch may lack a kind that the model has.
+
+    A slot at a position that has no vector is NaN, rather than silently wrong.
 
     Raises:
       ValueError: a kind of media or its channels is not the model's.
@@ -100,6 +107,12 @@ class StreamEmbed(nn.Module):
       slots = jnp.take_along_axis(patches, source[..., None], 1)
       x = jnp.where(here[..., None], slots, x)
       kind_ids = jnp.where(here, i + 1, kind_ids)
+    if self.max_positions:
+      # Below 0 would count from the end; both ways out of the table are filled.
+      here = stream.positions[..., 0]
+      here = jnp.where(here < 0, self.max_positions, here)
+      rows = jnp.take(self.positions, here, axis=0, mode='fill')
+      x = x + rows.astype(self.dtype)
     if self.modality:
       x = x + jnp.take(self.kinds, kind_ids, axis=0).astype(self.dtype)
     return constrain(x, 'batch', 'seq', 'act_embed')

@@ -1,7 +1,18 @@
-"""A pre-norm Transformer over tagged slots (Llama's layer, 2302.13971).
+"""A Transformer over tagged slots; as given, Llama's layer (2302.13971).
 
   x = x + Attention(norm(x))         grouped-query heads, rotary positions, tags
   x = x + Mlp(norm(x))               SwiGLU (Shazeer, 2002.05202)
+
+Fields of `Config` make of it the other layers there are:
+
+            norm        bias  gated  rotary  post_norm  activation
+  Llama     rms         none  yes    yes     no         silu
+  Qwen2     rms         qkv   yes    yes     no         silu
+  Gemma     rms_offset  none  yes    yes     no         gelu_tanh
+  GPT-2     layer       all   no     no      no         gelu_tanh
+  ViT       layer       all   no     no      no         gelu
+  CLIP      layer       all   no     no      no         quick_gelu
+  BERT      layer       all   no     no      yes        gelu
 
 The layers are one module, scanned: parameters are stacked, [L, ...], and a deep
 model compiles as fast as a shallow one. Kernels are drawn with variance
@@ -10,6 +21,7 @@ the stream keeps its scale over the layers.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -20,7 +32,7 @@ from mmjax.batch import KeyTags, QueryTags
 from mmjax.nn.cache import KV, write
 from mmjax.ops.attention import attend
 from mmjax.ops.linear import linear
-from mmjax.ops.norms import rms_norm
+from mmjax.ops.norms import layer_norm, rms_norm
 from mmjax.ops.positions import Sections, rotary_angles, rotate
 from mmjax.sharding import constrain, param
 
@@ -28,7 +40,10 @@ ACTIVATIONS = {
   'silu': jax.nn.silu,
   'gelu': lambda x: jax.nn.gelu(x, approximate=False),
   'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
+  'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),  # CLIP's
 }
+# Which products have a bias: attention's inputs (Qwen2), or all of them.
+BIAS = ('none', 'qkv', 'all')
 
 _policies = jax.checkpoint_policies
 # What a layer keeps for its backward pass; the rest is made anew.
@@ -51,12 +66,17 @@ class Config:
   head_dim: int
   mlp_dim: int
   activation: str = 'silu'
+  gated: bool = True
+  norm: str = 'rms'
+  post_norm: bool = False
+  bias: str = 'none'
   qk_norm: bool = False
   dropout: float = 0.0
   remat: str = 'none'
   scan: bool = True
   chunk: int = 512
   reach: int | tuple[int, int] | None = None
+  rotary: bool = True
   rope_base: float = 10_000.0
   rope_sections: Sections | None = None
   norm_eps: float = 1e-6
@@ -64,7 +84,8 @@ class Config:
   param_dtype: Any = 'float32'
 
   def __post_init__(self):
-    for field, choices in (('activation', ACTIVATIONS), ('remat', REMAT)):
+    tables = dict(activation=ACTIVATIONS, norm=NORMS, bias=BIAS, remat=REMAT)
+    for field, choices in tables.items():
       value = getattr(self, field)
       if value not in choices:
         raise ValueError(f'{field}={value!r} is none of {", ".join(sorted(choices))}')
@@ -81,6 +102,10 @@ class Config:
   def out_scale(self) -> float:
     """Variance scale of the kernels that write to the residual stream."""
     return 1 / (2 * self.num_layers)
+
+  def make_norm(self, name: str, axis: str = 'embed') -> nn.Module:
+    """A norm of this kind, over an axis of this name."""
+    return NORMS[self.norm](self.norm_eps, self.param_dtype, axis, name=name)
 
 
 def _is_float(dtype) -> bool:
@@ -104,7 +129,27 @@ def kernel_init(scale: float = 1.0, num_in: int = 1) -> nn.initializers.Initiali
 
 
 class RMSNorm(nn.Module):
-  """Scaled root-mean-square norm over the last axis, f[..., D] -> f[..., D]."""
+  """Scaled root-mean-square norm over the last axis, f[..., D] -> f[..., D].
+
+  Fields: with `offset` the factor is offset + scale, and scale starts at 1 - offset.
+  """
+
+  eps: float = 1e-6
+  param_dtype: Any = 'float32'
+  axis: str = 'embed'
+  offset: float = 0.0
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    init = nn.initializers.constant(1 - self.offset)
+    scale = param(self, 'scale', init, x.shape[-1:], (self.axis,), self.param_dtype)
+    if self.offset:
+      scale = self.offset + scale.astype(jnp.float32)
+    return rms_norm(x, scale, self.eps)
+
+
+class LayerNorm(nn.Module):
+  """Layer norm with scale and bias over the last axis, f[..., D] -> f[..., D]."""
 
   eps: float = 1e-6
   param_dtype: Any = 'float32'
@@ -112,9 +157,26 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    ones = nn.initializers.ones
-    scale = param(self, 'scale', ones, x.shape[-1:], (self.axis,), self.param_dtype)
-    return rms_norm(x, scale, self.eps)
+    shape, axes, init = x.shape[-1:], (self.axis,), nn.initializers
+    scale = param(self, 'scale', init.ones, shape, axes, self.param_dtype)
+    bias = param(self, 'bias', init.zeros, shape, axes, self.param_dtype)
+    return layer_norm(x, scale, bias, self.eps)
+
+
+NORMS = {
+  'rms': RMSNorm,
+  'rms_offset': functools.partial(RMSNorm, offset=1.0),  # Gemma's
+  'layer': LayerNorm,
+}
+
+
+def add_bias(
+  module: nn.Module, name: str, y: jax.Array, axes: tuple[str, ...], dtype: Any
+) -> jax.Array:
+  """y + bias, a new parameter over y's last axes, which have these names."""
+  shape = y.shape[y.ndim - len(axes) :]
+  bias = param(module, name, nn.initializers.zeros, shape, axes, dtype)
+  return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - len(axes)) + shape)
 
 
 class Attention(nn.Module):
@@ -129,7 +191,7 @@ class Attention(nn.Module):
   def __call__(
     self,
     x: jax.Array,
-    angles: tuple[jax.Array, jax.Array],
+    angles: tuple[jax.Array, jax.Array] | None,
     query_tags: QueryTags,
     key_tags: KeyTags,
     kv: KV | None = None,
@@ -137,8 +199,9 @@ class Attention(nn.Module):
   ) -> tuple[jax.Array, KV | None]:
     """x f[B, T, D] -> (f[B, T, D], kv).
 
-    Without kv the keys are x's own, tagged i32[B, T]. With kv they are written
-    at `slot`, and all of kv, tagged i32[B, S], is attended to.
+    Without angles nothing is rotated. Without kv the keys are x's own, tagged
+    i32[B, T]. With kv they are written at `slot`, and all of kv, tagged i32[B, S],
+    is attended to.
     """
     c = self.config
     D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
@@ -146,15 +209,19 @@ class Attention(nn.Module):
     def project(name, heads, axis, act_axis):
       shape, axes = (D, heads, H), ('embed', axis, 'head_dim')
       kernel = param(self, name, kernel_init(), shape, axes, c.param_dtype)
-      return constrain(linear(x, kernel), 'batch', 'seq', act_axis, None)
+      y = linear(x, kernel)
+      if c.bias != 'none':
+        y = add_bias(self, f'{name}_bias', y, axes[1:], c.param_dtype)
+      return constrain(y, 'batch', 'seq', act_axis, None)
 
     q = project('query', N, 'heads', 'act_heads')
     k = project('key', K, 'kv_heads', 'act_kv_heads')
     v = project('value', K, 'kv_heads', 'act_kv_heads')
     if c.qk_norm:
-      q = RMSNorm(c.norm_eps, c.param_dtype, 'head_dim', name='query_norm')(q)
-      k = RMSNorm(c.norm_eps, c.param_dtype, 'head_dim', name='key_norm')(k)
-    q, k = rotate(q, angles), rotate(k, angles)
+      q = c.make_norm('query_norm', 'head_dim')(q)
+      k = c.make_norm('key_norm', 'head_dim')(k)
+    if angles is not None:
+      q, k = rotate(q, angles), rotate(k, angles)
     if kv is not None:
       kv = write(kv, KV(k, v), slot)
       k, v = kv
@@ -164,11 +231,14 @@ class Attention(nn.Module):
     axes = ('heads', 'head_dim', 'embed')
     init = kernel_init(c.out_scale, 2)
     kernel = param(self, 'out', init, (N, H, D), axes, c.param_dtype)
-    return linear(out, kernel, 2), kv
+    y = linear(out, kernel, 2)
+    if c.bias == 'all':
+      y = add_bias(self, 'out_bias', y, axes[2:], c.param_dtype)
+    return y, kv
 
 
 class Mlp(nn.Module):
-  """Gated MLP, act(x gate) * (x up) down; f[B, T, D] -> f[B, T, D]."""
+  """act(x gate) * (x up) down, or act(x up) down; f[B, T, D] -> f[B, T, D]."""
 
   config: Config
 
@@ -179,12 +249,19 @@ class Mlp(nn.Module):
 
     def up(name):
       kernel = param(self, name, kernel_init(), (D, F), ('embed', 'mlp'), c.param_dtype)
-      return constrain(linear(x, kernel), 'batch', 'seq', 'act_mlp')
+      y = linear(x, kernel)
+      if c.bias == 'all':
+        y = add_bias(self, f'{name}_bias', y, ('mlp',), c.param_dtype)
+      return constrain(y, 'batch', 'seq', 'act_mlp')
 
-    hidden = ACTIVATIONS[c.activation](up('gate')) * up('up')
+    act = ACTIVATIONS[c.activation]
+    hidden = act(up('gate')) * up('up') if c.gated else act(up('up'))
     init = kernel_init(c.out_scale)
     kernel = param(self, 'down', init, (F, D), ('mlp', 'embed'), c.param_dtype)
-    return linear(hidden, kernel)
+    y = linear(hidden, kernel)
+    if c.bias == 'all':
+      y = add_bias(self, 'down_bias', y, ('embed',), c.param_dtype)
+    return y
 
 
 class Block(nn.Module):
@@ -197,22 +274,23 @@ class Block(nn.Module):
   def __call__(self, x, kv, angles, query_tags, key_tags, slot):
     c = self.config
 
-    def norm(name):
-      return RMSNorm(c.norm_eps, c.param_dtype, name=name)
-
-    def add(x, y):
+    def around(x, name, branch):
+      """x + branch(norm(x)), or norm(x + branch(x)) as in BERT."""
+      norm = c.make_norm(name)
+      y, kept = branch(x if c.post_norm else norm(x))
       y = nn.Dropout(c.dropout, deterministic=self.deterministic)(y)
-      return constrain(x + y, 'batch', 'seq', 'act_embed')
+      x = norm(x + y) if c.post_norm else x + y
+      return constrain(x, 'batch', 'seq', 'act_embed'), kept
 
-    y = norm('attention_norm')(x)
-    y, kv = Attention(c, name='attention')(y, angles, query_tags, key_tags, kv, slot)
-    x = add(x, y)
-    x = add(x, Mlp(c, name='mlp')(norm('mlp_norm')(x)))
+    attention, mlp = Attention(c, name='attention'), Mlp(c, name='mlp')
+    rest = (angles, query_tags, key_tags, kv, slot)
+    x, kv = around(x, 'attention_norm', lambda y: attention(y, *rest))
+    x, _ = around(x, 'mlp_norm', lambda y: (mlp(y), None))
     return x, kv
 
 
 class Transformer(nn.Module):
-  """A stack of blocks and a final norm."""
+  """A stack of blocks and a final norm (which post_norm blocks need not)."""
 
   config: Config
 
@@ -220,7 +298,7 @@ class Transformer(nn.Module):
   def __call__(
     self,
     x: jax.Array,
-    positions: jax.Array,
+    positions: jax.Array | None,
     query_tags: QueryTags,
     key_tags: KeyTags,
     layers: KV | tuple[KV, ...] | None = None,
@@ -231,7 +309,7 @@ class Transformer(nn.Module):
 
     Args:
       x: f[B, T, D]
-      positions: i32[B, T, 3]
+      positions: i32[B, T, 3]; not needed without `rotary`.
       query_tags, key_tags: tags of x's slots; with a cache, key_tags are the cache's.
       layers: the cache's keys and values, stacked if `scan`.
       slot: where in the cache x's slots go.
@@ -241,7 +319,9 @@ class Transformer(nn.Module):
       f[B, T, D] and the layers' cache, None if none was given.
     """
     c = self.config
-    angles = rotary_angles(positions, c.head_dim, c.rope_base, c.rope_sections)
+    angles = None
+    if c.rotary:
+      angles = rotary_angles(positions, c.head_dim, c.rope_base, c.rope_sections)
     block = Block
     if c.remat != 'none' and layers is None:
       block = nn.remat(block, prevent_cse=not c.scan, policy=REMAT[c.remat])
@@ -263,7 +343,7 @@ class Transformer(nn.Module):
         x, kv = block(c, not train, name=f'layer_{i}')(x, kv, *rest)
         new.append(kv)
       layers = None if layers is None else tuple(new)
-    return RMSNorm(c.norm_eps, c.param_dtype, name='norm')(x), layers
+    return x if c.post_norm else c.make_norm('norm')(x), layers
 
 
 def unstack(params: dict, num_layers: int) -> dict:

@@ -5,7 +5,7 @@ import pytest
 from documents import pack, random_document
 from flax import nnx
 
-from mmjax.batch import PLACEHOLDER, PackedBatch
+from mmjax.batch import PLACEHOLDER, Budget, PackedBatch
 from mmjax.nn.embed import MediaProjection, StreamEmbed, pixels
 
 MEDIA = (('image', 6),)
@@ -81,3 +81,15 @@ def test_bridges_to_nnx(name):
   bridged = nnx.bridge.lazy_init(nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0)), x)
   params = nnx.to_pure_dict(nnx.state(bridged, nnx.Param))
   np.testing.assert_array_equal(bridged(x), module.apply({'params': params}, x))
+
+
+def test_learned_positions_are_looked_up_in_time_and_nan_beyond_the_table():
+  batch = Budget(4, 1).empty(1)
+  batch.stream.tokens[:] = 7
+  batch.stream.positions[0, :, 0] = [0, 2, 3, -1]
+  module = StreamEmbed(40, 8, max_positions=3)
+  params = module.init(jax.random.key(0), batch)['params']
+  got = module.apply({'params': params}, batch)[0]
+  want = params['text'][np.array([7])] * 8**0.5 + params['positions'][np.array([0, 2])]
+  np.testing.assert_allclose(got[:2], want, rtol=1e-6)
+  assert np.isnan(got[2:]).all()

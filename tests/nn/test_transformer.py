@@ -15,6 +15,7 @@ from mmjax.nn.transformer import (
   Attention,
   Block,
   Config,
+  LayerNorm,
   Mlp,
   RMSNorm,
   Transformer,
@@ -26,6 +27,8 @@ CONFIG = Config(
   embed_dim=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24,
   qk_norm=True,
 )  # fmt: skip
+# The fields of CLIP's and GPT-2's layers.
+CLIP = dict(norm='layer', bias='all', gated=False, rotary=False, activation='quick_gelu')
 
 
 def example(B=2, T=6, D=16):
@@ -94,11 +97,16 @@ def test_full_remat_keeps_less():
   assert full < dots < none
 
 
-def test_every_axis_of_every_parameter_is_named(scanned):
+@pytest.mark.parametrize(
+  ('change', 'count'), [({}, 12), (dict(CLIP, post_norm=True), 20)]
+)
+def test_every_axis_of_every_parameter_is_named(scanned, change, count):
   _, args, _ = scanned
-  names = sharding.axis_names(Transformer(CONFIG).init, jax.random.key(0), *args)
+  config = dataclasses.replace(CONFIG, **change)
+  names = sharding.axis_names(Transformer(config).init, jax.random.key(0), *args)
   leaves = jax.tree.leaves(names, is_leaf=lambda x: isinstance(x, P))
-  assert all(isinstance(n, P) and None not in n for n in leaves) and len(leaves) == 12
+  assert all(isinstance(n, P) and None not in n for n in leaves)
+  assert len(leaves) == count
   assert names['params']['layers']['mlp']['up'] == P('layers', 'embed', 'mlp')
 
 
@@ -168,13 +176,16 @@ def _modules():
   angles = rotary_angles(positions, 4)
   return {
     'norm': (RMSNorm(), (x,)),
+    'layer_norm': (LayerNorm(), (x,)),
     'mlp': (Mlp(CONFIG), (x,)),
     'attention': (Attention(CONFIG), (x, angles, queries, keys)),
     'transformer': (Transformer(CONFIG), (x, positions, queries, keys)),
   }
 
 
-@pytest.mark.parametrize('name', ['norm', 'mlp', 'attention', 'transformer'])
+@pytest.mark.parametrize(
+  'name', ['norm', 'layer_norm', 'mlp', 'attention', 'transformer']
+)
 def test_bridges_to_nnx(name):
   module, args = _modules()[name]
   bridged = nnx.bridge.lazy_init(nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0)), *args)
@@ -188,6 +199,8 @@ def test_bridges_to_nnx(name):
   [
     (dict(remat='ful'), "remat='ful' is none of all_dots, dots, full, none"),
     (dict(activation='relu'), "activation='relu' is none of gelu"),
+    (dict(norm='batch'), "norm='batch' is none of layer, rms, rms_offset"),
+    (dict(bias=True), 'bias=True is none of all, none, qkv'),
     (dict(num_kv_heads=3), 'num_heads=4 does not divide over num_kv_heads=3'),
   ],
 )
@@ -204,3 +217,72 @@ def test_mlp_is_the_gated_product(activation):
   w = variables['params']
   want = (transformer.ACTIVATIONS[activation](x @ w['gate']) * (x @ w['up'])) @ w['down']
   np.testing.assert_allclose(module.apply(variables, x), want, atol=1e-5)
+
+
+def plain_norm(x, w):
+  x = x - x.mean(-1, keepdims=True)
+  return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * w['scale'] + w['bias']
+
+
+def plain_attention(x, w):
+  """Of one row, causal, in NumPy; two query heads to a key head."""
+  q, k, v = (
+    np.einsum('td,dnh->nth', x, w[n]) + w[f'{n}_bias'][:, None]
+    for n in ('query', 'key', 'value')
+  )
+  logits = np.einsum('nth,nsh->nts', q, np.repeat(k, 2, 0)) / 2
+  weights = np.exp(logits) * np.tri(len(x))
+  weights /= weights.sum(-1, keepdims=True)
+  out = np.einsum('nts,nsh->nth', weights, np.repeat(v, 2, 0))
+  return np.einsum('nth,nhd->td', out, w['out']) + w['out_bias']
+
+
+@pytest.mark.parametrize('post_norm', [False, True])
+def test_other_layers_are_their_equations(post_norm):
+  """Layer norm, biases, plain MLP, no rotation, norms before or after: in NumPy."""
+  config = dataclasses.replace(
+    CONFIG, **CLIP, qk_norm=False, post_norm=post_norm, scan=False, num_layers=2
+  )
+  args = example(B=1)
+  made = jax.eval_shape(Transformer(config).init, jax.random.key(0), *args)['params']
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype('f') * 0.4, made)
+  x = np.asarray(args[0][0])
+  for i in range(2):
+    w = params[f'layer_{i}']
+
+    def mlp(x, w=w['mlp']):
+      h = x @ w['up'] + w['up_bias']
+      return h / (1 + np.exp(-1.702 * h)) @ w['down'] + w['down_bias']
+
+    for name, branch in (
+      ('attention_norm', lambda x, w=w: plain_attention(x, w['attention'])),
+      ('mlp_norm', mlp),
+    ):
+      if post_norm:
+        x = plain_norm(x + branch(x), w[name])
+      else:
+        x = x + branch(plain_norm(x, w[name]))
+  assert ('norm' in params) != post_norm
+  want = x if post_norm else plain_norm(x, params['norm'])
+  got, _ = Transformer(config).apply({'params': params}, *args)
+  np.testing.assert_allclose(got[0], want, atol=2e-5)
+
+
+def test_bias_of_inputs_alone_and_offset_norm_start_as_the_plain_layer():
+  """At init biases are 0, and 1 + scale is 1: the plain function of more parameters."""
+  args = example()
+  config = dataclasses.replace(CONFIG, bias='qkv', norm='rms_offset')
+  made = Transformer(config).init(jax.random.key(0), *args)['params']
+  got, _ = Transformer(config).apply({'params': made}, *args)
+  plain = jax.tree.map(lambda x: x, made)
+  biases = {k for k in made['layers']['attention'] if k.endswith('bias')}
+  assert biases == {'query_bias', 'key_bias', 'value_bias'}
+  for name in biases:
+    assert not np.any(plain['layers']['attention'].pop(name))
+  norms = [plain['layers']['attention'][f'{n}_norm'] for n in ('query', 'key')]
+  norms += [plain['norm'], *(plain['layers'][f'{n}_norm'] for n in ('attention', 'mlp'))]
+  for norm in norms:
+    norm['scale'] = norm['scale'] + 1
+  want, _ = Transformer(CONFIG).apply({'params': plain}, *args)
+  np.testing.assert_allclose(got, want, atol=1e-5)

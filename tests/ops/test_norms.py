@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmjax.ops.norms import rms_norm
+from mmjax.ops.norms import layer_norm, rms_norm
 
 
 def test_equals_numpy():
@@ -24,3 +24,12 @@ def test_computes_in_float32_and_keeps_dtype():
   got = rms_norm(x * x, jnp.ones(4))  # squares overflow in 16 bits of float16 range
   assert got.dtype == jnp.bfloat16
   np.testing.assert_allclose(got.astype(jnp.float32), 1, rtol=1e-2)
+
+
+def test_layer_norm_equals_numpy():
+  rng = np.random.default_rng(0)
+  x, scale, bias = rng.normal(size=(2, 3, 8)) + 3, rng.normal(size=8), rng.normal(size=8)
+  x, scale, bias = (a.astype(np.float32) for a in (x, scale, bias))
+  mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+  want = (x - mean) / np.sqrt(var + 1e-6) * scale + bias
+  np.testing.assert_allclose(layer_norm(x, scale, bias), want, rtol=1e-4, atol=1e-6)
