@@ -7,10 +7,11 @@ from typing import Any
 
 import flax.linen as nn
 
+from mmjax.models.text import Encoder
 from mmjax.models.unified import Unified
 from mmjax.names import closest
 
-MODELS = {'unified': Unified}
+MODELS = {'encoder': Encoder, 'unified': Unified}
 
 
 def build(name: str, **fields: Any) -> nn.Module:
