@@ -34,6 +34,7 @@ setuptools.setup(
     'optax>=0.2.6',
     'orbax-checkpoint>=0.11.30',
     'pillow>=11',
+    'safetensors>=0.8',
     'sentencepiece',
     'tensorboardX',
     'tensorflow-datasets>=4.9.9',
@@ -51,6 +52,6 @@ setuptools.setup(
       'ruff',
     ],
     # CPU torch as a peer to measure and compare with; never needed to run mmjax.
-    'parity': ['torch==2.13.0'],
+    'parity': ['torch==2.13.0', 'transformers==5.23.0'],
   },
 )

@@ -1,0 +1,149 @@
+"""A directory of Hugging Face: config.json and weights as safetensors.
+
+  config.json
+  model.safetensors                                 or, sharded,
+  model-00001-of-00002.safetensors, ...
+  model.safetensors.index.json                      {"weight_map": {name: file}}
+
+Tensors are read slice by slice from their place in the file, and nothing that
+could run code is ever opened.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+_INDEX = 'model.safetensors.index.json'
+_PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.pickle')
+# The tensors that can be weights, and what NumPy calls their type.
+FLOATS = {'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
+
+
+class Source:
+  """The config and the tensors of a directory, or of one .safetensors file in it.
+
+  Raises:
+    ValueError: what isn't there, can't be read, or is a pickle.
+  """
+
+  def __init__(self, path):
+    path = pathlib.Path(path)
+    _refuse_pickle([path] if path.suffix in _PICKLES else [])
+    if not path.exists():
+      raise ValueError(f'{path}: no such directory')
+    self.directory = path.parent if path.is_file() else path
+    self.config = _json(self.directory / 'config.json')
+    files = [path] if path.is_file() else self._files()
+    self._slices = {}
+    for file in files:
+      tensors = _open(file)
+      for name in tensors.keys():  # noqa: SIM118 (it is no dict)
+        self._slices[name] = tensors.get_slice(name)
+
+  def _files(self) -> list[pathlib.Path]:
+    index = self.directory / _INDEX
+    if not index.exists():
+      found = sorted(self.directory.glob('*.safetensors'))
+      if not found:
+        _refuse_pickle(p for p in self.directory.iterdir() if p.suffix in _PICKLES)
+        raise ValueError(f'{self.directory}: no .safetensors file')
+      whole = self.directory / 'model.safetensors'
+      if whole in found or len(found) == 1:
+        return [whole if whole in found else found[0]]
+      raise ValueError(
+        f'{self.directory}: {len(found)} .safetensors files, but no {_INDEX}'
+      )
+    names = _json(index).get('weight_map')
+    if not isinstance(names, dict):
+      raise ValueError(f'{index}: it has no "weight_map"')
+    files = [self.directory / name for name in sorted(set(names.values()))]
+    for file in files:
+      if file.parent != self.directory:
+        raise ValueError(f'{index}: {file} is not in the directory')
+      if not file.exists():
+        raise ValueError(f'{index} names {file.name}, which is not there')
+    return files
+
+  def names(self) -> set[str]:
+    return set(self._slices)
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    return tuple(self._slices[name].get_shape())
+
+  def dtype(self, name: str) -> str:
+    """The type as safetensors calls it, e.g. 'BF16'."""
+    return self._slices[name].get_dtype()
+
+  def __getitem__(self, name: str) -> Any:
+    """What reads a slice of the tensor: source[name][2:4, :] -> np.ndarray."""
+    return self._slices[name]
+
+
+def write(
+  directory: pathlib.Path,
+  config: dict[str, Any],
+  sizes: dict[str, int],
+  tensors: Iterable[tuple[str, np.ndarray]],
+  max_shard_bytes: int,
+) -> None:
+  """Writes a directory; holds at most one shard's tensors in memory.
+
+  Args:
+    sizes: bytes by tensor, in the order of `tensors`.
+  """
+  from safetensors.numpy import save_file
+
+  shards, used = [[]], 0
+  for name, size in sizes.items():
+    if shards[-1] and used + size > max_shard_bytes:
+      shards, used = [*shards, []], 0
+    shards[-1].append(name)
+    used += size
+  directory.mkdir(parents=True, exist_ok=True)
+  old = sorted(directory.glob('*.safetensors')) + [directory / _INDEX]
+  if found := [p.name for p in old if p.exists()]:
+    raise ValueError(f'{directory} already has {found[0]}')
+  tensors, places = iter(tensors), {}
+  for i, names in enumerate(shards, 1):
+    file = f'model-{i:05}-of-{len(shards):05}.safetensors'
+    file = 'model.safetensors' if len(shards) == 1 else file
+    held = dict(next(tensors) for _ in names)
+    places.update(dict.fromkeys(held, file))
+    save_file(held, directory / file, {'format': 'pt'})
+  if len(shards) > 1:
+    index = dict(metadata=dict(total_size=sum(sizes.values())), weight_map=places)
+    (directory / _INDEX).write_text(json.dumps(index, indent=2) + '\n')
+  (directory / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+
+
+def _open(file):
+  import safetensors
+
+  try:
+    # Not mapped into memory: pages that were read would count as the process's.
+    return safetensors.safe_open(file, 'numpy', backend='pread')
+  except (safetensors.SafetensorError, OSError) as error:
+    raise ValueError(f'{file} is no whole safetensors file: {error}') from error
+
+
+def _json(path):
+  if not path.exists():
+    raise ValueError(f'{path.parent}: no {path.name}')
+  try:
+    found = json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(f'{path} is no JSON: {error}') from error
+  if not isinstance(found, dict):
+    raise ValueError(f'{path}: it must hold an object')
+  return found
+
+
+def _refuse_pickle(paths):
+  if paths := sorted(paths):
+    raise ValueError(
+      f'{paths[0]} is a pickle, which can run any code when it is read; save the model as'
+      ' safetensors instead'
+    )

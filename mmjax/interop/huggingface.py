@@ -1,0 +1,288 @@
+"""Models of Hugging Face in and out, without torch or transformers.
+
+  model, params = load('path/to/SmolLM', mesh=mesh, rules=rules)
+  export(model, params, 'path/to/mine')         transformers opens it
+
+A tensor goes from its file straight to its place on the mesh, slice by slice: a
+process reads what its devices hold, and of stacked layers one at a time, so that
+the host never holds more than a tensor's slices. Which names and layouts belong
+together stands in `interop.families`, in both directions at once; loading what was
+exported gives the same bits.
+"""
+
+import difflib
+import fnmatch
+import functools
+import math
+import pathlib
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mmjax import sharding
+from mmjax.batch import Budget
+from mmjax.interop import files
+from mmjax.interop.families import FAMILIES, Family
+from mmjax.interop.leaf import Leaf, join
+from mmjax.models import build
+from mmjax.names import closest
+
+# Fields that change no parameter, and that a config.json says nothing of.
+_FREE = {
+  'dtype', 'param_dtype', 'dropout', 'remat', 'scan', 'chunk', 'reach', 'rope_sections',
+  'parent', 'name',
+}  # fmt: skip
+
+
+def load(
+  path: str | pathlib.Path,
+  *,
+  mesh: Mesh | None = None,
+  rules: sharding.Rules | None = None,
+  param_dtype: Any = None,
+  **fields: Any,
+) -> tuple[nn.Module, dict[str, Any]]:
+  """A model and its parameters from config.json and safetensors.
+
+  Args:
+    path: a directory, or one .safetensors file with config.json beside it.
+    mesh: where the parameters go, by `rules`; None = the first device.
+    rules: see `sharding.rules_for`; None = every parameter whole on every device.
+    param_dtype: of storage; None = what config.json says, which must be the files'.
+    **fields: of the model, over those from config.json, e.g. dtype='bfloat16'.
+
+  Returns:
+    (model, params), with layers stacked; see the model's `unscanned`.
+
+  Raises:
+    ValueError: what is missing, extra, of a wrong shape or type, unknown, damaged
+      or a pickle; one line.
+  """
+  if fields.get('scan') is False:
+    raise ValueError('load: layers come stacked; take `model.unscanned(params)` after it')
+  source = files.Source(path)
+  family = _family(source)
+  dtype = param_dtype or source.config.get('dtype') or source.config.get('torch_dtype')
+  try:
+    dtype = np.dtype(jnp.dtype(dtype or 'float32'))
+  except TypeError as error:
+    raise ValueError(f'{source.directory}: unknown dtype {dtype!r}') from error
+  try:
+    said = family.fields(source.config, source.names())
+  except KeyError as error:
+    raise ValueError(f'{source.directory}/config.json has no {error}') from error
+  model = build(family.model, **{**said, 'param_dtype': dtype.name, **fields})
+  shapes = _shapes(model)
+  leaves = _leaves(family, shapes, source.names())
+  _check(source, family, leaves, shapes, None if param_dtype else dtype)
+
+  if mesh is None:
+    mesh = sharding.make_mesh({'data': 1}, jax.devices()[:1])
+  names = sharding.axis_names(model.init, jax.random.key(0), _BATCH)['params']
+  names = flax.traverse_util.flatten_dict(names, sep='/')
+  rules = sharding.rules_for('dp') if rules is None else rules
+  where = sharding.shardings(names, shapes, mesh, rules)
+  params = {
+    leaf.ours: _place(source, leaf, shapes[leaf.ours], where[leaf.ours])
+    for leaf in leaves
+  }
+  return model, flax.traverse_util.unflatten_dict(params, sep='/')
+
+
+def export(
+  model: nn.Module,
+  params: dict[str, Any],
+  directory: str | pathlib.Path,
+  *,
+  max_shard_bytes: int = 5_000_000_000,
+  **config: Any,
+) -> None:
+  """Writes a directory that transformers opens.
+
+  Args:
+    model, params: as from `load`.
+    directory: made if absent; must not hold a model.
+    max_shard_bytes: a file's size, which is also what the host holds at once.
+    **config: what config.json says besides, e.g. max_position_embeddings=4096.
+
+  Raises:
+    ValueError: the model is no known architecture (says why it is none of them),
+      or its parameters are not the model's, or not all of this process.
+  """
+  if not getattr(model, 'scan', True):
+    raise ValueError('export: the layers are one by one; take the scanned model')
+  shapes = _shapes(model)
+  flat = flax.traverse_util.flatten_dict(params, sep='/')
+  wrong = [
+    k
+    for k in sorted(flat.keys() | shapes.keys())
+    if getattr(flat.get(k), 'shape', None) != getattr(shapes.get(k), 'shape', None)
+  ]
+  if wrong:
+    raise ValueError(f'export: not the parameters of the model: {", ".join(wrong[:5])}')
+  whole = [k for k, x in flat.items() if not getattr(x, 'is_fully_addressable', True)]
+  if whole:
+    raise ValueError(f'export: {whole[0]} is spread over processes; gather it first')
+  kind, family, said = _architecture(model, shapes)
+  leaves = _leaves(family, shapes, None)
+  groups: dict[tuple[str, int | None], list[Leaf]] = {}
+  for leaf in leaves:
+    for i in range(model.num_layers) if leaf.stacked else [None]:
+      groups.setdefault((leaf.theirs.format(i), i), []).append(leaf)
+
+  def tensors():
+    for (name, i), parts in groups.items():
+      arrays = {
+        p.ours: np.asarray(flat[p.ours] if i is None else flat[p.ours][i]) for p in parts
+      }
+      yield name, join(parts, arrays)
+
+  sizes = {
+    name: sum(math.prod(flat[p.ours].shape[p.stacked :]) for p in parts)
+    * np.dtype(flat[parts[0].ours].dtype).itemsize
+    for (name, _), parts in groups.items()
+  }
+  dtypes = sorted({np.dtype(x.dtype).name for x in flat.values()})
+  if len(dtypes) > 1 or dtypes[0] not in files.FLOATS.values():
+    raise ValueError(f'export: parameters must be of one floating type, not {dtypes}')
+  said = {**said, 'model_type': kind, 'dtype': dtypes[0], **config}
+  files.write(pathlib.Path(directory), said, sizes, tensors(), max_shard_bytes)
+
+
+_BATCH = Budget(2, 1).empty(1)
+
+
+def _shapes(model) -> dict[str, jax.ShapeDtypeStruct]:
+  made = jax.eval_shape(model.init, jax.random.key(0), _BATCH)['params']
+  return flax.traverse_util.flatten_dict(made, sep='/')
+
+
+def _family(source) -> Family:
+  kind = source.config.get('model_type')
+  if kind not in FAMILIES:
+    raise ValueError(
+      f'{source.directory}: unknown architecture {kind!r}{closest(kind, FAMILIES)}'
+    )
+  return FAMILIES[kind]
+
+
+def _leaves(family, shapes, stored) -> list[Leaf]:
+  """The leaves that the model has, under the names that the files use."""
+  found = [leaf for leaf in family.leaves if leaf.ours in shapes]
+  if lost := sorted(set(shapes) - {leaf.ours for leaf in found}):
+    raise ValueError(f'the architecture has no weights for {", ".join(lost)}')
+  if stored is None or any(name.startswith(family.prefix) for name in stored):
+    return found
+  bare = (leaf.theirs.removeprefix(family.prefix) for leaf in found)
+  return [Leaf(f.ours, theirs, f.axes, f.part) for f, theirs in zip(found, bare)]
+
+
+def _check(source, family, leaves, shapes, dtype) -> None:
+  """Compares the tensors there are with those there should be."""
+  want = {}
+  for leaf in leaves:
+    shape = shapes[leaf.ours].shape
+    for i in range(shape[0]) if leaf.stacked else [None]:
+      want[leaf.theirs.format(i)] = leaf.their_shape(shape[leaf.stacked :])
+  there = source.names()
+  ignored = list(family.ignored)
+  if 'head' not in shapes:  # tied: a copy of the table says nothing new
+    ignored += [leaf.theirs for leaf in family.leaves if leaf.ours == 'head']
+  extra = [
+    name
+    for name in sorted(there - want.keys())
+    if not any(fnmatch.fnmatch(name, pattern) for pattern in ignored)
+  ]
+  problems = []
+  for name in want.keys() - there:
+    near = difflib.get_close_matches(name, extra, n=1)
+    hint = f' (nearest: {near[0]})' if near else ''
+    if name == 'lm_head.weight':
+      hint = ', and config.json does not tie it (tie_word_embeddings)'
+    problems.append(f'{name} is missing{hint}')
+  for name in extra:
+    near = difflib.get_close_matches(name, want.keys(), n=1)
+    problems.append(f'{name} is extra' + (f' (nearest: {near[0]})' if near else ''))
+  for name in want.keys() & there:
+    if source.shape(name) != want[name]:
+      problems.append(f'{name} is {list(source.shape(name))}, not {list(want[name])}')
+    stored = source.dtype(name)
+    if stored not in files.FLOATS:
+      problems.append(f'{name} is of type {stored}, not one of {", ".join(files.FLOATS)}')
+    elif dtype is not None and files.FLOATS[stored] != dtype.name:
+      problems.append(
+        f'{name} is of type {stored}, config.json says {dtype.name}; give param_dtype'
+      )
+  if problems:
+    more = f'; and {len(problems) - 8} more' if len(problems) > 8 else ''
+    raise ValueError(f'{source.directory}: {"; ".join(sorted(problems)[:8])}{more}')
+
+
+def _place(source, leaf: Leaf, abstract, where: NamedSharding) -> jax.Array:
+  """The parameter on its devices."""
+
+  def put(theirs, shape, where):
+    held = {}  # devices that hold the same slice share one read
+
+    def read(index):
+      key = tuple((i.start, i.stop) for i in index)
+      if key not in held:
+        held[key] = leaf.take(theirs, shape, index).astype(abstract.dtype)
+      return held[key]
+
+    return jax.make_array_from_callback(shape, where, read)
+
+  if not leaf.stacked:
+    return put(source[leaf.theirs], abstract.shape, where)
+  L, *shape = abstract.shape
+  layer_where = NamedSharding(where.mesh, P(*where.spec[1:]))
+  stack = _zeros(abstract.shape, abstract.dtype, where)
+  for i in range(L):
+    layer = put(source[leaf.theirs.format(i)], tuple(shape), layer_where)
+    stack = _set(stack, layer, np.int32(i), where)
+  return stack
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape, dtype, where):
+  return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), where)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _set(stack, layer, i, where):
+  """Writes one layer in place, so that the stack is there only once."""
+  stack = jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
+  return jax.lax.with_sharding_constraint(stack, where)
+
+
+def _architecture(model, shapes) -> tuple[str, Family, dict[str, Any]]:
+  """The family whose config.json gives back this model."""
+  reasons = []
+  for kind, family in FAMILIES.items():
+    if not isinstance(model, type(build(family.model, vocab_size=1))):
+      continue
+    config = family.config(model)
+    names = {leaf.theirs for leaf in family.leaves if leaf.ours in shapes}
+    try:
+      again = build(family.model, **family.fields(config, names))
+    except ValueError as error:
+      reasons.append(f'{kind} ({error})')
+      continue
+    differ = [
+      f'{k}={getattr(model, k)!r}, not {getattr(again, k)!r}'
+      for k in model.__dataclass_fields__
+      if k not in _FREE and getattr(model, k) != getattr(again, k)
+    ]
+    if not differ:
+      return kind, family, config
+    reasons.append(f'{kind} ({", ".join(differ)})')
+  raise ValueError(
+    f'export: {type(model).__name__} is none of {", ".join(sorted(FAMILIES))}'
+    + (f': {"; ".join(reasons)}' if reasons else '')
+  )

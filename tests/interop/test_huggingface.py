@@ -1,0 +1,274 @@
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+import tracemalloc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mmjax import models, sharding
+from mmjax.batch import Budget
+from mmjax.interop import files
+from mmjax.interop import huggingface as hf
+
+WIDTHS = dict(
+  vocab_size=40, embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=4,
+  mlp_dim=24,
+)  # fmt: skip
+LLAMA = dict(WIDTHS, num_kv_heads=2, scale_embedding=False, tie_embeddings=False)
+GPT2 = dict(
+  WIDTHS, norm='layer', bias='all', gated=False, rotary=False, max_positions=9,
+  activation='gelu_tanh', scale_embedding=False, norm_eps=1e-5,
+)  # fmt: skip
+MODELS = {
+  'llama': ('unified', LLAMA),
+  'qwen2': ('unified', dict(LLAMA, bias='qkv', tie_embeddings=True)),
+  'gemma': (
+    'unified', dict(WIDTHS, norm='rms_offset', activation='gelu_tanh', head_dim=8)
+  ),
+  'gpt2': ('unified', GPT2),
+  'bert': ('encoder', dict(WIDTHS, pooler=True, mlm_head=True)),
+}  # fmt: skip
+
+
+@functools.cache
+def random_model(kind, dtype='float32'):
+  """A model and parameters of which no two numbers are equal, in NumPy."""
+  name, fields = MODELS[kind]
+  model = models.build(name, **fields, param_dtype=dtype)
+  made = jax.eval_shape(model.init, jax.random.key(0), Budget(2, 1).empty(1))['params']
+  rng = np.random.default_rng(0)
+  return model, jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), made)
+
+
+def same(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+  return jax.tree.map(lambda x: x.dtype, a) == jax.tree.map(lambda x: x.dtype, b)
+
+
+@pytest.mark.parametrize('kind', sorted(MODELS))
+def test_import_of_export_is_bit_equal(kind, tmp_path):
+  model, params = random_model(kind)
+  hf.export(model, params, tmp_path, max_shard_bytes=10_000)
+  assert json.loads((tmp_path / 'config.json').read_text())['model_type'] == kind
+  assert len(list(tmp_path.glob('*.safetensors'))) > 1
+  again, got = hf.load(tmp_path)
+  assert again == model
+  assert same(got, params)
+
+
+def test_bfloat16_stays_bfloat16(tmp_path):
+  model, params = random_model('llama', 'bfloat16')
+  hf.export(model, params, tmp_path)
+  assert load_file(tmp_path / 'model.safetensors')['lm_head.weight'].dtype == 'bfloat16'
+  again, got = hf.load(tmp_path)
+  assert same(got, params) and again == model
+
+
+def test_a_host_reads_only_the_slices_of_its_devices(tmp_path, monkeypatch):
+  """On a mesh the numbers are the same, each in its place, read once."""
+  model, params = random_model('gpt2')
+  hf.export(model, params, tmp_path)
+  mesh = sharding.make_mesh({'fsdp': 2, 'tensor': 4})
+  rules = sharding.rules_for('fsdp+tensor')
+  read = []
+
+  class Slices:
+    def __init__(self, x):
+      self.x = x
+
+    def __getitem__(self, index):
+      found = self.x[index]
+      read.append(found.size)
+      return found
+
+  plain = files.Source.__getitem__
+  monkeypatch.setattr(files.Source, '__getitem__', lambda s, n: Slices(plain(s, n)))
+  _, got = hf.load(tmp_path, mesh=mesh, rules=rules)
+  assert same(got, params)
+  query = got['transformer']['layers']['attention']['query']
+  assert query.sharding.shard_shape(query.shape) == (2, 8, 1, 4)
+  assert sum(read) == sum(x.size for x in jax.tree.leaves(params))
+  assert max(read) <= 40 * 16 / 8
+
+
+def test_the_host_holds_a_small_part_of_a_sharded_file(tmp_path):
+  """Less than a quarter of the model beyond the parameters themselves."""
+  fields = dict(LLAMA, embed_dim=128, num_layers=8, mlp_dim=384, head_dim=32)
+  model = models.build('unified', **fields)
+  made = jax.eval_shape(model.init, jax.random.key(0), Budget(2, 1).empty(1))['params']
+  params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), made)
+  size = sum(x.nbytes for x in jax.tree.leaves(params))
+  hf.export(model, params, tmp_path, max_shard_bytes=size // 8)
+  del params
+  hf.load(tmp_path)  # compiles
+  tracemalloc.start()
+  _, params = hf.load(tmp_path)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert size > 4_000_000 and peak < size / 4, f'{peak:,} of {size:,}'
+
+
+@pytest.fixture(scope='module')
+def stored(tmp_path_factory):
+  path = tmp_path_factory.mktemp('llama')
+  model, params = random_model('llama')
+  hf.export(model, params, path)
+  return path
+
+
+def edited(stored, tmp_path, config=None, tensors=None):
+  """A copy of the directory with another config.json or other tensors."""
+  path = pathlib.Path(shutil.copytree(stored, tmp_path / 'copy'))
+  if config is not None:
+    found = json.loads((path / 'config.json').read_text())
+    (path / 'config.json').write_text(json.dumps({**found, **config}))
+  if tensors is not None:
+    found = load_file(path / 'model.safetensors')
+    tensors(found)
+    save_file(found, path / 'model.safetensors')
+  return path
+
+
+def refuses(path, message, **options):
+  with pytest.raises(ValueError, match=message) as error:
+    hf.load(path, **options)
+  assert '\n' not in str(error.value)
+
+
+Q = 'model.layers.0.self_attn.q_proj.weight'
+
+
+@pytest.mark.parametrize(
+  ('edit', 'message'),
+  [
+    (
+      lambda t: t.update({Q.replace('q_proj', 'qproj'): t.pop(Q)}),
+      r'q_proj.weight is missing \(nearest: model.layers.0.self_attn.qproj.weight\)',
+    ),
+    (
+      lambda t: t.update({Q.replace('weight', 'bias'): t['model.norm.weight']}),
+      r'q_proj.bias is extra \(nearest: model.layers.0.self_attn.q_proj.weight\)',
+    ),
+    (lambda t: t.update({Q: t[Q][:8]}), r'q_proj.weight is \[8, 16\], not \[16, 16\]'),
+    (
+      lambda t: t.update({Q: t[Q].astype('i4')}),
+      'q_proj.weight is of type I32, not one of F64, F32, F16, BF16',
+    ),
+    (
+      lambda t: t.update({Q: t[Q].astype('f2')}),
+      'q_proj.weight is of type F16, config.json says float32; give param_dtype',
+    ),
+    (
+      lambda t: t.pop('lm_head.weight'),
+      'lm_head.weight is missing, and config.json does not tie it',
+    ),
+  ],
+)
+def test_tensors_that_do_not_fit(stored, tmp_path, edit, message):
+  refuses(edited(stored, tmp_path, tensors=edit), message)
+
+
+@pytest.mark.parametrize(
+  ('config', 'message'),
+  [
+    (
+      dict(model_type='lama'),
+      r"unknown architecture 'lama'; did you mean 'llama'\? \(choices: bert, gemma, gpt2",
+    ),
+    (dict(dtype='float31'), "unknown dtype 'float31'"),
+    (dict(hidden_act='sillu'), "unknown hidden_act 'sillu'; did you mean 'silu'"),
+    (
+      dict(rope_parameters=dict(rope_type='yarn', rope_theta=1e4)),
+      "rope_type='yarn' is not supported, only 'default'",
+    ),
+    (dict(attention_bias=True), 'attention_bias=True is not supported, only False'),
+  ],
+)
+def test_configs_that_are_not_ours(stored, tmp_path, config, message):
+  refuses(edited(stored, tmp_path, config=config), message)
+
+
+def test_a_config_without_a_width(stored, tmp_path):
+  path = edited(stored, tmp_path)
+  config = json.loads((path / 'config.json').read_text())
+  del config['hidden_size']
+  (path / 'config.json').write_text(json.dumps(config))
+  refuses(path, "config.json has no 'hidden_size'")
+
+
+def test_directories_that_are_not_whole(stored, tmp_path):
+  refuses(tmp_path / 'nowhere', 'nowhere: no such directory')
+  path = edited(stored, tmp_path)
+  weights = path / 'model.safetensors'
+  whole = weights.read_bytes()
+  weights.write_bytes(whole[:-5])
+  refuses(path, 'model.safetensors is no whole safetensors file: .*incomplete')
+  weights.write_bytes(b'')
+  refuses(path, 'model.safetensors is no whole safetensors file')
+  weights.unlink()
+  refuses(path, 'copy: no .safetensors file')
+  (path / 'pytorch_model.bin').write_bytes(b'')
+  refuses(path, 'pytorch_model.bin is a pickle, which can run any code')
+  refuses(path / 'pytorch_model.bin', 'pytorch_model.bin is a pickle')
+  for name in 'ab':
+    (path / f'{name}.safetensors').write_bytes(whole)
+  refuses(path, '2 .safetensors files, but no model.safetensors.index.json')
+  index = path / 'model.safetensors.index.json'
+  for text, message in (
+    ('{', 'index.json is no JSON'),
+    ('[]', 'index.json: it must hold an object'),
+    ('{}', 'it has no "weight_map"'),
+    ('{"weight_map": {"x": "c.safetensors"}}', 'names c.safetensors, which is not there'),
+    ('{"weight_map": {"x": "../c.safetensors"}}', 'is not in the directory'),
+  ):
+    index.write_text(text)
+    refuses(path, message)
+  (path / 'config.json').unlink()
+  refuses(path, 'copy: no config.json')
+
+
+def test_what_is_asked_for_is_done_or_refused(stored):
+  model, params = random_model('llama')
+  again, got = hf.load(stored / 'model.safetensors', param_dtype='bfloat16', chunk=8)
+  assert again == model.clone(param_dtype='bfloat16', chunk=8)
+  assert same(got, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+  refuses(stored, 'layers come stacked', scan=False)
+  refuses(stored, "no field 'chunks'; did you mean 'chunk'", chunks=8)
+  refuses(stored, 'no weights for embed/image/', media=(('image', 6),))
+
+
+def test_export_refuses(stored, tmp_path):
+  model, params = random_model('llama')
+  cases = [
+    (model.clone(norm='layer'), params, 'not the parameters of the model: .*norm/bias'),
+    (model, {**params, 'head': params['head'][1:]}, 'parameters of the model: head'),
+    (model.clone(scan=False), params, 'take the scanned model'),
+    (model, jax.tree.map(lambda x: x.astype('i4'), params), 'one floating type, not'),
+  ]
+  for m, p, message in cases:
+    with pytest.raises(ValueError, match=message):
+      hf.export(m, p, tmp_path)
+
+  class Far(np.ndarray):
+    is_fully_addressable = False
+
+  with pytest.raises(ValueError, match='head is spread over processes; gather it'):
+    hf.export(model, {**params, 'head': params['head'].view(Far)}, tmp_path)
+  odd = model.clone(qk_norm=True)
+  made = jax.eval_shape(odd.init, jax.random.key(0), Budget(2, 1).empty(1))['params']
+  with pytest.raises(ValueError, match=r'llama \(qk_norm=True, not False\)'):
+    hf.export(odd, made, tmp_path)
+  with pytest.raises(ValueError, match='already has model.safetensors'):
+    hf.export(model, params, stored)
+  assert not list(tmp_path.iterdir())
+
+
+def test_every_family_is_tested():
+  assert set(MODELS) == set(hf.FAMILIES)
+  assert all(dataclasses.is_dataclass(f) for f in hf.FAMILIES.values())

@@ -1,0 +1,95 @@
+"""Every slice of ours is that of the whole, and goes back bit by bit."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from mmjax.interop.leaf import Leaf, join
+
+LEAVES = [
+  Leaf('w', 'W', '(N H) D -> D N H'),
+  Leaf('w', 'W', 'D (N H) -> N H D'),
+  Leaf('w', 'W', 'D (3 N H) -> D N H', 1),
+  Leaf('w', 'W', '(3 N H) D -> D N H', 2),
+  Leaf('w', 'W', '(3 N H) -> N H', 2),
+  Leaf('w', 'W', 'F D -> D F'),
+  Leaf('w', 'W', 'D -> D'),
+]
+SIZES = dict(N=2, H=3, D=4, F=5)
+
+
+class Counted:
+  """A tensor that counts what is read of it."""
+
+  def __init__(self, x):
+    self.x, self.read = x, 0
+
+  def __getitem__(self, index):
+    found = self.x[index]
+    self.read += found.size
+    return found
+
+
+def whole(leaf):
+  """(theirs, ours) by NumPy alone: split, pick the part, transpose."""
+  letters = leaf.axes.split('->')[1].split()
+  shape = tuple(SIZES[a] for a in letters)
+  theirs = np.random.default_rng(0).normal(size=leaf.their_shape(shape))
+  split, order = [], []
+  for a in leaf.axes.split('->')[0].replace('(', ' ').replace(')', ' ').split():
+    split.append(int(a) if a.isdigit() else SIZES[a])
+    order.append(a)
+  x = theirs.reshape(split)
+  if '3' in order:
+    x = np.take(x, leaf.part, order.index('3'))
+    order.remove('3')
+  return theirs, x.transpose([order.index(a) for a in letters])
+
+
+@pytest.mark.parametrize('leaf', LEAVES, ids=lambda leaf: leaf.axes)
+def test_every_slice_is_that_of_the_whole(leaf):
+  theirs, ours = whole(leaf)
+  assert leaf.their_shape(ours.shape) == theirs.shape
+  spans = [[(i, j) for i in range(n) for j in range(i + 1, n + 1)] for n in ours.shape]
+  for pick in itertools.product(*spans):
+    index = tuple(slice(*s) for s in pick)
+    np.testing.assert_array_equal(leaf.take(theirs, ours.shape, index), ours[index])
+  every = (slice(None),) * ours.ndim
+  np.testing.assert_array_equal(leaf.take(theirs, ours.shape, every), ours)
+
+
+def test_heads_of_a_fused_tensor_are_read_alone():
+  leaf = Leaf('w', 'W', 'D (3 N H) -> D N H', 1)
+  theirs, ours = whole(leaf)
+  counted = Counted(theirs)
+  index = (slice(1, 3), slice(1, 2), slice(None))
+  np.testing.assert_array_equal(leaf.take(counted, ours.shape, index), ours[index])
+  assert counted.read == ours[index].size
+
+
+@pytest.mark.parametrize('axes', sorted({leaf.axes for leaf in LEAVES}))
+def test_goes_back(axes):
+  parts = 3 if '3' in axes else 1
+  leaves = [Leaf(f'w{i}', 'W', axes, i) for i in range(parts)]
+  theirs = whole(leaves[0])[0]
+  arrays = {leaf.ours: whole(leaf)[1] for leaf in leaves}
+  np.testing.assert_array_equal(join(leaves[::-1], arrays), theirs)
+
+
+@pytest.mark.parametrize(
+  ('axes', 'message'),
+  [
+    ('D F -> D H', 'w: .* has not the same axes on both sides'),
+    ('D D -> D D', 'w: .* has not the same axes on both sides'),
+    ('(N 3 H) -> N H', 'w: .* a number must head its parentheses'),
+  ],
+)
+def test_refuses(axes, message):
+  with pytest.raises(ValueError, match=message):
+    Leaf('w', 'W', axes)
+
+
+def test_refuses_a_shape_of_other_axes():
+  with pytest.raises(ValueError, match=r"w: shape \(2, 3\) does not fit '\(N H\) D"):
+    LEAVES[0].their_shape((2, 3))
