@@ -246,7 +246,8 @@ def _gpt2_config(model):
     n_head=model.num_heads,
     n_inner=model.mlp_dim,
     n_positions=model.max_positions,
-    activation_function=_ACTIVATIONS[model.activation],
+    # Its own name for the same approximation, which rounds as the original does.
+    activation_function={**_ACTIVATIONS, 'gelu_tanh': 'gelu_new'}[model.activation],
     layer_norm_epsilon=model.norm_eps,
     tie_word_embeddings=model.tie_embeddings,
   )
