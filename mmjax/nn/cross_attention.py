@@ -1,0 +1,112 @@
+"""Slots that look at other slots: what resampler, pooling and cross-attention share.
+
+  CrossAttention   queries from x f[B, T, D], keys and values from media f[B, S, C]
+  FeedForward      act(x up) down, without biases (Flamingo, 2204.14198, table 5)
+
+Keys and values can be made once and used again, as in decoding. Who sees whom
+stands in tags; there are no biases, so what sees nothing gets exactly 0.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax.batch import KeyTags, QueryTags
+from mmjax.names import closest
+from mmjax.nn import transformer
+from mmjax.nn.cache import KV
+from mmjax.nn.transformer import kernel_init
+from mmjax.ops.attention import attend
+from mmjax.ops.linear import linear
+from mmjax.shape import check
+from mmjax.sharding import constrain, param
+
+ACTIVATIONS = {
+  **transformer.ACTIVATIONS,
+  'relu2': lambda x: jnp.square(jax.nn.relu(x)),  # Primer, 2109.08668
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Fields of a layer that looks at media.
+
+  embed_dim: D, of the slots that look; media_dim: C, of what they look at.
+  num_heads, head_dim, mlp_dim: N, H, F.
+  activation: of the feed-forward; a key of `ACTIVATIONS`.
+  out_scale: variance scale of the kernels that write to the residual stream.
+  chunk: see `ops.attention.attend`.
+  """
+
+  embed_dim: int
+  media_dim: int
+  num_heads: int
+  head_dim: int
+  mlp_dim: int
+  activation: str = 'relu2'
+  out_scale: float = 1.0
+  chunk: int = 512
+  norm_eps: float = 1e-6
+  dtype: Any = 'float32'
+  param_dtype: Any = 'float32'
+
+  def __post_init__(self):
+    if self.activation not in ACTIVATIONS:
+      hint = closest(self.activation, ACTIVATIONS)
+      raise ValueError(f'unknown activation {self.activation!r}{hint}')
+
+
+class CrossAttention(nn.Module):
+  """Attention of x to media by tags, without the residual."""
+
+  config: Config
+
+  def setup(self):
+    c = self.config
+    D, C, N, H = c.embed_dim, c.media_dim, c.num_heads, c.head_dim
+
+    def make(name, shape, axes, *init):
+      return param(self, name, kernel_init(*init), shape, axes, c.param_dtype)
+
+    inner = ('embed', 'heads', 'head_dim')
+    self.query = make('query', (D, N, H), inner)
+    self.key = make('key', (C, N, H), inner)
+    self.value = make('value', (C, N, H), inner)
+    self.out = make('out', (N, H, D), ('heads', 'head_dim', 'embed'), c.out_scale, 2)
+
+  def keys(self, media: jax.Array) -> KV:
+    """media f[B, S, C] -> keys and values, each f[B, S, N, H]."""
+
+    def project(kernel):
+      return constrain(linear(media, kernel), 'batch', 'kv_seq', 'act_heads', None)
+
+    return KV(project(self.key), project(self.value))
+
+  def __call__(
+    self, x: jax.Array, kv: KV, query_tags: QueryTags, key_tags: KeyTags
+  ) -> jax.Array:
+    """x f[B, T, D], kv from `keys`, tags i32[B, T] and i32[B, S] -> f[B, T, D]."""
+    check('B T D', x, 'B S N H', kv.key, 'B T', query_tags.segment_ids)
+    q = constrain(linear(x, self.query), 'batch', 'seq', 'act_heads', None)
+    y = attend(q, kv.key, kv.value, query_tags, key_tags, chunk=self.config.chunk)
+    y = constrain(y, 'batch', 'seq', 'act_heads', None)
+    return linear(y, self.out, 2)
+
+
+class FeedForward(nn.Module):
+  """act(x up) down; f[B, T, D] -> f[B, T, D], without the residual."""
+
+  config: Config
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    c = self.config
+    D, F = c.embed_dim, c.mlp_dim
+    up = param(self, 'up', kernel_init(), (D, F), ('embed', 'mlp'), c.param_dtype)
+    init = kernel_init(c.out_scale)
+    down = param(self, 'down', init, (F, D), ('mlp', 'embed'), c.param_dtype)
+    hidden = constrain(linear(x, up), 'batch', 'seq', 'act_mlp')
+    return linear(ACTIVATIONS[c.activation](hidden), down)
