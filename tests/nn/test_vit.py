@@ -1,0 +1,206 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mmjax import sharding
+from mmjax.batch import Bank
+from mmjax.nn.transformer import unstack
+from mmjax.nn.vit import POOLS, POSITIONS, Vit
+
+B, P, I, C, D = 2, 16, 3, 6, 16
+FIELDS = dict(channels=C, embed_dim=D, num_layers=2, num_heads=2, mlp_dim=24, grid=(3, 3))
+GRIDS = {(0, 1): (1, 2, 3), (0, 2): (1, 3, 3), (1, 1): (1, 4, 1), (1, 3): (2, 2, 2)}
+
+
+def bank(which=GRIDS, rows=B, items=I, patches=P):
+  """Items of native aspect ratios, (time, rows, columns) each, end to end."""
+  made = Bank(
+    values=np.zeros((rows, patches, C), np.uint8),
+    items=np.zeros((rows, patches), np.int32),
+    positions=np.zeros((rows, patches, 3), np.int32),
+    item_segments=np.zeros((rows, items), np.int32),
+    item_order=np.zeros((rows, items), np.int32),
+  )
+  at = [0] * rows
+  for (b, i), grid in which.items():
+    cells = np.indices(grid).reshape(3, -1).T
+    here = (b, slice(at[b], at[b] + len(cells)))
+    values = np.random.default_rng(grid).integers(0, 255, (len(cells), C))
+    made.values[here], made.items[here], made.positions[here] = values, i, cells
+    made.item_segments[b, i - 1], at[b] = 1, here[1].stop
+  return made
+
+
+def of_item(out, pool, made, b, i):
+  return out[b, made.items[b] == i] if pool == 'none' else out[b, i - 1]
+
+
+@functools.cache
+def variables(model):
+  return jax.jit(model.init)(jax.random.key(0), bank())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, variables, bank):
+  return model.apply(variables, bank)
+
+
+def run(model, bank):
+  return np.asarray(apply(model, variables(model), bank))
+
+
+@pytest.mark.parametrize(
+  ('pool', 'positions'),
+  [('none', p) for p in POSITIONS] + [(p, 'learned') for p in POOLS[1:]],
+)
+def test_packed_items_equal_each_alone(pool, positions):
+  model = Vit(**FIELDS, pool=pool, positions=positions)
+  whole = bank()
+  got = run(model, whole)
+  assert got.shape == ((B, P, D) if pool == 'none' else (B, I, D))
+  assert np.isfinite(got).all()
+  for (b, i), grid in GRIDS.items():
+    alone = bank({(0, 1): grid}, 1, 1)
+    want = of_item(run(model, alone), pool, alone, 0, 1)
+    got_item = of_item(got, pool, whole, b, i)
+    assert got_item.shape == want.shape and want.size
+    np.testing.assert_allclose(got_item, want, atol=5e-6)
+
+
+@pytest.mark.parametrize('pool', POOLS)
+def test_an_item_changes_with_its_own_patches_only(pool):
+  model = Vit(**FIELDS, pool=pool)
+  whole, other = bank(), bank()
+  other.values[0, other.items[0] == 2] ^= 255
+  other.values[other.items == 0] = 77
+  before, after = run(model, whole), run(model, other)
+  for b, i in GRIDS:
+    changed = of_item(before != after, pool, whole, b, i).any(-1)
+    assert np.all(changed == ((b, i) == (0, 2)))
+
+
+def test_frames_of_a_video_are_seen_alone():
+  model, whole, other = Vit(**FIELDS), bank(), bank()
+  mine = (whole.items[1] == 3) & (whole.positions[1, :, 0] == 1)
+  other.values[1, mine] ^= 255
+  changed = np.any(run(model, whole) != run(model, other), -1)
+  np.testing.assert_array_equal(changed[1], mine)
+
+
+@pytest.mark.parametrize('positions', POSITIONS)
+def test_where_a_patch_is_matters(positions):
+  model, whole, other = Vit(**FIELDS, positions=positions, pool='mean'), bank(), bank()
+  other.values[0, :6] = whole.values[0, [3, 4, 5, 0, 1, 2]]  # its two rows exchanged
+  assert np.abs(run(model, whole) - run(model, other))[0, 0].max() > 1e-4
+  assert not np.any((run(model, whole) != run(model, other))[0, 1])
+
+
+def test_equals_an_encoder_in_numpy():
+  """Pre-norm, biases, GELU: the encoder of 2010.11929, equations 1 to 4."""
+  from scipy.special import erf
+
+  model, made = Vit(**FIELDS, pool='class'), bank()
+  w = jax.tree.map(np.asarray, variables(model)['params'])
+  w = jax.tree.map(lambda x: x + 0.1, w)  # no bias is 0
+  got = apply(model, {'params': w}, made)[0, 1]
+
+  def norm(x, p):
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * p['scale'] + p['bias']
+
+  pixels = made.values[0, made.items[0] == 2] / 127.5 - 1
+  x = pixels @ w['patch']['kernel'] + w['patch']['bias'] + w['position'].reshape(9, D)
+  x = np.concatenate([x, w['class'][None]])
+  for p in (
+    jax.tree.map(lambda a, i=i: a[i], w['transformer']['layers']) for i in (0, 1)
+  ):
+    y, a, m = norm(x, p['attention_norm']), p['attention'], p['mlp']
+    q, k, v = (
+      np.einsum('sd,dnh->nsh', y, a[n]) + a[f'{n}_bias'][:, None]
+      for n in ('query', 'key', 'value')
+    )
+    weights = np.exp(q @ k.swapaxes(1, 2) / np.sqrt(8))
+    weights /= weights.sum(-1, keepdims=True)
+    x = x + np.einsum('nsh,nhd->sd', weights @ v, a['out']) + a['out_bias']
+    h = norm(x, p['mlp_norm']) @ m['up'] + m['up_bias']
+    x = x + (h * (1 + erf(h / np.sqrt(2))) / 2) @ m['down'] + m['down_bias']
+  want = norm(x, w['transformer']['norm'])[-1]
+  np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.abs(want).max())
+
+
+def test_scan_and_remat_change_no_number():
+  model = Vit(**FIELDS, pool='map')
+  params = variables(model)['params']
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def grad(p, model):
+    def loss(p):
+      return jnp.sum(jnp.sin(model.apply({'params': p}, bank())))
+
+    return jax.value_and_grad(loss)(p)
+
+  def flat(p):
+    return {**p, 'transformer': unstack(p['transformer'], 2)}
+
+  value, grads = grad(params, model)
+  for other, got in (
+    (grad(params, model.clone(remat='full')), grads),
+    (grad(flat(params), model.clone(scan=False)), flat(grads)),
+  ):
+    for g, want in zip(jax.tree.leaves(other[1]), jax.tree.leaves(got), strict=True):
+      scale = max(np.abs(want).max(), 1e-4)
+      np.testing.assert_allclose(g, want, rtol=0, atol=2e-5 * scale)
+    np.testing.assert_allclose(other[0], value, rtol=1e-5)
+
+
+def test_sizes_of_the_paper():
+  """ViT-B/16 and L/16 at 224 without heads (2010.11929, table 1): 86 and 304 million."""
+  for fields, want in (
+    (dict(embed_dim=768, num_layers=12, num_heads=12, mlp_dim=3072), 85_798_656),
+    (dict(embed_dim=1024, num_layers=24, num_heads=16, mlp_dim=4096), 303_301_632),
+  ):
+    model = Vit(channels=768, grid=(14, 14), pool='class', **fields)
+    empty = Bank(
+      np.zeros((1, 4, 768), np.uint8), *np.zeros((1, 1, 4), np.int32),
+      np.zeros((1, 4, 3), np.int32), *np.zeros((2, 1, 1), np.int32),
+    )  # fmt: skip
+    made = jax.eval_shape(model.init, jax.random.key(0), empty)
+    count = sum(x.size for x in jax.tree.leaves(made))
+    # Theirs has a position for the class token too, which can be part of the token.
+    assert count == want - fields['embed_dim']
+
+
+def test_every_parameter_has_names():
+  init = functools.partial(Vit(**FIELDS, pool='map').init, jax.random.key(0))
+  names = sharding.axis_names(init, bank())['params']
+  assert tuple(names['position']) == ('patch', None, 'embed')
+  assert tuple(names['pool']['attention']['key']) == ('embed', 'heads', 'head_dim')
+
+
+@pytest.mark.parametrize('pool', ['class', 'map'])
+def test_bridges_to_nnx(pool):
+  model = Vit(**FIELDS, pool=pool)
+  bridged = nnx.bridge.lazy_init(nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0)), bank())
+  made = nnx.to_pure_dict(nnx.state(bridged, nnx.Param))
+  want = model.apply({'params': made}, bank())
+  np.testing.assert_allclose(bridged(bank()), want, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (dict(positions='rotery'), "unknown positions 'rotery'; did you mean 'rotary'"),
+    (dict(pool='cls'), "unknown pool 'cls'"),
+    (dict(num_heads=3), 'embed_dim=16 does not divide over num_heads=3'),
+    (dict(pool='class', reach=4), "pool='class' needs reach=None"),
+    (dict(channels=5), 'patches have 6 channels, ViT takes 5'),
+    (dict(remat='ful'), "remat='ful' is none of"),
+  ],
+)
+def test_refuses(change, message):
+  with pytest.raises(ValueError, match=message):
+    Vit(**FIELDS | change).init(jax.random.key(0), bank())
