@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from mmjax.batch import PLACEHOLDER, Item, PackedBatch
 from mmjax.nn.cache import Cache, empty_cache, write
 from mmjax.nn.embed import StreamEmbed
-from mmjax.nn.transformer import Config, Transformer, kernel_init, unstack
+from mmjax.nn.transformer import Before, Config, Transformer, kernel_init, unstack
 from mmjax.ops.linear import linear
 from mmjax.sharding import constrain, param
 
@@ -113,19 +113,30 @@ class Unified(nn.Module):
       shape, axes = (self.embed_dim, self.vocab_size), ('embed', 'vocab')
       self.head = param(self, 'head', kernel_init(), shape, axes, self.param_dtype)
 
-  def __call__(self, batch: PackedBatch, *, train: bool = False) -> jax.Array:
+  def __call__(
+    self, batch: PackedBatch, *, train: bool = False, before: Before | None = None
+  ) -> jax.Array:
     """Hidden states after the final norm, f[B, T, D].
+
+    Args:
+      before: what is put between the layers, see `nn.transformer.Before`.
 
     Raises:
       ValueError: media that are not the model's.
     """
     s = batch.stream
     x = self.drop(self.embed(batch), deterministic=not train)
-    hidden, _ = self.transformer(x, s.positions, s.query_tags, s.key_tags, train=train)
+    hidden, _ = self.transformer(
+      x, s.positions, s.query_tags, s.key_tags, train=train, before=before
+    )
     return hidden
 
   def extend(
-    self, batch: PackedBatch, cache: Cache, slot: jax.Array | int
+    self,
+    batch: PackedBatch,
+    cache: Cache,
+    slot: jax.Array | int,
+    before: Before | None = None,
   ) -> tuple[jax.Array, Cache]:
     """Runs new slots against the cache: f[B, T, D] and the cache with them written.
 
@@ -133,11 +144,18 @@ class Unified(nn.Module):
       batch: the next T slots of every row (all of an image's, or none).
       cache: of S >= slot + T slots, from `empty_cache`.
       slot: where the new slots are written.
+      before: as in `__call__`.
     """
     s = batch.stream
     tags = write(cache.tags, s.key_tags, slot)
     hidden, layers = self.transformer(
-      self.embed(batch), s.positions, s.query_tags, tags, cache.layers, slot
+      self.embed(batch),
+      s.positions,
+      s.query_tags,
+      tags,
+      cache.layers,
+      slot,
+      before=before,
     )
     return hidden, Cache(tags, layers)
 

@@ -22,7 +22,8 @@ the stream keeps its scale over the layers.
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -289,6 +290,20 @@ class Block(nn.Module):
     return x, kv
 
 
+class Before(NamedTuple):
+  """What is done to the stream before every k-th layer, by a pure function.
+
+  every: k, which divides the layers.
+  run:   (part, f[B, T, D]) -> f[B, T, D].
+  parts: what `run` gets, one part for each of the L / k times: a tree stacked
+    [L / k, ...] if the layers are scanned, else a tuple of trees.
+  """
+
+  every: int
+  run: Callable[[Any, jax.Array], jax.Array]
+  parts: Any
+
+
 class Transformer(nn.Module):
   """A stack of blocks and a final norm (which post_norm blocks need not)."""
 
@@ -304,6 +319,7 @@ class Transformer(nn.Module):
     layers: KV | tuple[KV, ...] | None = None,
     slot: jax.Array | int | None = None,
     train: bool = False,
+    before: Before | None = None,
   ) -> tuple[jax.Array, KV | tuple[KV, ...] | None]:
     """Runs the layers.
 
@@ -314,6 +330,7 @@ class Transformer(nn.Module):
       layers: the cache's keys and values, stacked if `scan`.
       slot: where in the cache x's slots go.
       train: dropout on; needs the rng 'dropout'.
+      before: what is put between the layers; parameters stay where they are.
 
     Returns:
       f[B, T, D] and the layers' cache, None if none was given.
@@ -326,7 +343,10 @@ class Transformer(nn.Module):
     if c.remat != 'none' and layers is None:
       block = nn.remat(block, prevent_cse=not c.scan, policy=REMAT[c.remat])
     rest = (angles, query_tags, key_tags, slot)
-    if c.scan:
+    if before is not None and not self.is_initializing() and c.scan:
+      make = functools.partial(block, c, not train, parent=None)
+      x, layers = self._in_groups(make, x, layers, rest, before, train)
+    elif c.scan:
       block = nn.scan(
         block,
         variable_axes={'params': 0},
@@ -340,10 +360,35 @@ class Transformer(nn.Module):
       new = []
       for i in range(c.num_layers):
         kv = None if layers is None else layers[i]
+        if before is not None and i % before.every == 0:
+          x = before.run(before.parts[i // before.every], x)
         x, kv = block(c, not train, name=f'layer_{i}')(x, kv, *rest)
         new.append(kv)
       layers = None if layers is None else tuple(new)
     return x if c.post_norm else c.make_norm('norm')(x), layers
+
+  def _in_groups(self, make, x, layers, rest, before, train):
+    """A scan over groups of a scan over layers, on the same parameters [L, ...]."""
+    L, k = self.config.num_layers, before.every
+
+    def split(x):
+      return x.reshape(L // k, k, *x.shape[1:])
+
+    def layer(x, xs):
+      params, kv, key = xs
+      rngs = {} if key is None else {'dropout': key}
+      return make().apply({'params': params}, x, kv, *rest, rngs=rngs)
+
+    def group(x, xs):
+      part, inner = xs
+      return jax.lax.scan(layer, before.run(part, x), inner)
+
+    dropout = train and self.config.dropout > 0
+    keys = jax.random.split(self.make_rng('dropout'), L) if dropout else None
+    params = self.variables['params']['layers']
+    xs = (before.parts, jax.tree.map(split, (params, layers, keys)))
+    x, layers = jax.lax.scan(group, x, xs)
+    return x, jax.tree.map(lambda x: x.reshape(L, *x.shape[2:]), layers)
 
 
 def unstack(params: dict, num_layers: int) -> dict:
