@@ -37,6 +37,7 @@ class Config:
   embed_dim: D, of the slots that look; media_dim: C, of what they look at.
   num_heads, head_dim, mlp_dim: N, H, F.
   activation: of the feed-forward; a key of `ACTIVATIONS`.
+  norm: of the layers made of these, see `nn.transformer`.
   out_scale: variance scale of the kernels that write to the residual stream.
   chunk: see `ops.attention.attend`.
   """
@@ -47,6 +48,7 @@ class Config:
   head_dim: int
   mlp_dim: int
   activation: str = 'relu2'
+  norm: str = 'layer'
   out_scale: float = 1.0
   chunk: int = 512
   norm_eps: float = 1e-6
@@ -57,6 +59,12 @@ class Config:
     if self.activation not in ACTIVATIONS:
       hint = closest(self.activation, ACTIVATIONS)
       raise ValueError(f'unknown activation {self.activation!r}{hint}')
+    if self.norm not in transformer.NORMS:
+      hint = closest(self.norm, transformer.NORMS)
+      raise ValueError(f'unknown norm {self.norm!r}{hint}')
+
+  def make_norm(self, name: str | None = None) -> nn.Module:
+    return transformer.NORMS[self.norm](self.norm_eps, self.param_dtype, name=name)
 
 
 class CrossAttention(nn.Module):

@@ -22,7 +22,6 @@ from mmjax.batch import KeyTags, QueryTags, visible
 from mmjax.names import closest
 from mmjax.nn.cache import KV
 from mmjax.nn.cross_attention import Config, CrossAttention, FeedForward
-from mmjax.nn.transformer import RMSNorm
 from mmjax.sharding import constrain, param
 
 GATES = {'tanh': jnp.tanh, 'sigmoid': jax.nn.sigmoid}
@@ -67,9 +66,9 @@ class GatedCrossAttention(nn.Module):
     c = self.config
     if self.gate not in GATES:
       raise ValueError(f'unknown gate {self.gate!r}{closest(self.gate, GATES)}')
-    self.attention_norm = RMSNorm(c.norm_eps, c.param_dtype)
+    self.attention_norm = c.make_norm()
     self.attention = CrossAttention(c)
-    self.mlp_norm = RMSNorm(c.norm_eps, c.param_dtype)
+    self.mlp_norm = c.make_norm()
     self.mlp = FeedForward(c)
     init = nn.initializers.constant(self.gate_init)
     self.attention_gate = param(self, 'attention_gate', init, (), (), c.param_dtype)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from mmjax.batch import KeyTags, QueryTags
 from mmjax.nn.cross_attention import Config, CrossAttention, FeedForward
-from mmjax.nn.transformer import REMAT, RMSNorm, kernel_init
+from mmjax.nn.transformer import REMAT, kernel_init
 from mmjax.ops.linear import linear
 from mmjax.shape import check
 from mmjax.sharding import constrain, param
@@ -33,10 +33,7 @@ class Layer(nn.Module):
   @nn.compact
   def __call__(self, x, media, query_tags, key_tags):
     c = self.config
-
-    def norm(name):
-      return RMSNorm(c.norm_eps, c.param_dtype, name=name)
-
+    norm = c.make_norm
     y = norm('latent_norm')(x)
     attention = CrossAttention(c, name='attention')
     seen = jnp.concatenate([norm('media_norm')(media), y], 1)
@@ -131,4 +128,4 @@ class Resampler(nn.Module):
       metadata_params={nn.PARTITION_NAME: 'layers'},
     )
     x, _ = layer(c, name='layers')(x, media, query_tags, key_tags)
-    return RMSNorm(c.norm_eps, c.param_dtype, name='norm')(x)
+    return c.make_norm('norm')(x)

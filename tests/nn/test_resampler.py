@@ -94,15 +94,16 @@ def test_equals_the_paper_in_numpy():
   media, items, times = example()
   mine = items[1] == 2
 
-  def norm(x, scale):
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * scale
+  def norm(x, p):
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * p['scale'] + p['bias']
 
   x_f = media[1, mine] @ w['input'] + w['time'][np.minimum(times[1, mine], 3)]
   x = w['latents']
   for i in range(2):
     p = jax.tree.map(lambda a, i=i: a[i], w['layers'])
-    y = norm(x, p['latent_norm']['scale'])
-    seen = np.concatenate([norm(x_f, p['media_norm']['scale']), y])
+    y = norm(x, p['latent_norm'])
+    seen = np.concatenate([norm(x_f, p['media_norm']), y])
     q, k, v = (
       np.einsum('sd,dnh->nsh', z, p['attention'][name])
       for z, name in ((y, 'query'), (seen, 'key'), (seen, 'value'))
@@ -110,9 +111,9 @@ def test_equals_the_paper_in_numpy():
     weights = np.exp(q @ k.swapaxes(1, 2) / np.sqrt(8))
     weights /= weights.sum(-1, keepdims=True)
     x = x + np.einsum('nsh,nhd->sd', weights @ v, p['attention']['out'])
-    y = norm(x, p['mlp_norm']['scale'])
+    y = norm(x, p['mlp_norm'])
     x = x + np.maximum(y @ p['mlp']['up'], 0) ** 2 @ p['mlp']['down']
-  want = norm(x, w['norm']['scale'])
+  want = norm(x, w['norm'])
   np.testing.assert_allclose(run(media, items, I, times)[1, R : 2 * R], want, atol=2e-5)
 
 
@@ -154,6 +155,8 @@ def test_refuses():
     MODULE.init(jax.random.key(0), media, items[:, 1:], I)
   with pytest.raises(ValueError, match="activation 'relu3'; did you mean 'relu2'"):
     Config(16, 16, 2, 8, 32, activation='relu3')
+  with pytest.raises(ValueError, match="norm 'lay'; did you mean 'layer'"):
+    Config(16, 16, 2, 8, 32, norm='lay')
   wide = Resampler(Config(16, 8, 2, 8, 32))
   with pytest.raises(ValueError, match='media_dim=8 is not embed_dim=16'):
     wide.init(jax.random.key(0), media, items, I)
