@@ -22,16 +22,22 @@ def random_document(rng, spans, vocab=40, channels=6, max_text=5):
   return document
 
 
-def length(document):
-  return sum(len(s[1]) if s[0] == 'text' else s[1][..., 0].size for s in document)
+def length(document, markers=False):
+  media = 1 if markers else 0
+  return sum(
+    len(s[1]) if s[0] == 'text' else media or s[1][..., 0].size for s in document
+  )
 
 
 def patches(document):
   return sum(s[1][..., 0].size for s in document if s[0] == 'image')
 
 
-def pack(rows, T=48, P=48, I=8, channels=6):
-  """A batch of NumPy arrays from rows (lists) of documents; one shape for all tests."""
+def pack(rows, T=48, P=48, I=8, channels=6, markers=False):
+  """A batch of NumPy arrays from rows (lists) of documents; one shape for all tests.
+
+  An image takes a slot of the stream per patch, or one with `markers`.
+  """
   batch = Budget(T, T, {'image': BankBudget(P, I, channels)}).empty(len(rows))
   for b, row in enumerate(rows):
     t = p = i = 0
@@ -43,7 +49,7 @@ def pack(rows, T=48, P=48, I=8, channels=6):
           if branch:
             batch.stream.until[b, begin:t], position = order - 1, fork
           branch, begin, fork = rest[1], t, position
-        n = len(values) if kind == 'text' else values[..., 0].size
+        n = length([(kind, values)], markers)
         here, s = (b, slice(t, t + n)), batch.stream
         s.segment_ids[here] = segment
         if kind == 'text':
@@ -54,20 +60,21 @@ def pack(rows, T=48, P=48, I=8, channels=6):
           order, position = order + n, position + n
         else:
           r, c, C = values.shape
-          bank, there = batch.bank['image'], (b, slice(p, p + n))
+          bank, there = batch.bank['image'], (b, slice(p, p + r * c))
           s.tokens[here] = PLACEHOLDER['image']
           s.order[here] = s.last[here] = order
           grid = np.stack(np.meshgrid([0], range(r), range(c), indexing='ij'), -1)
-          s.positions[here] = position + grid.reshape(-1, 3)
-          s.source[here] = p + np.arange(n)
-          bank.values[there] = values.reshape(n, C)
+          s.positions[here] = position + (0 if markers else grid.reshape(-1, 3))
+          s.source[here] = (i if markers else p) + np.arange(n)
+          bank.values[there] = values.reshape(r * c, C)
           bank.items[there] = i + 1
           bank.positions[there] = grid.reshape(-1, 3)
           bank.item_segments[b, i], bank.item_order[b, i] = segment, order
-          order, position, p, i = order + 1, position + max(r, c), p + n, i + 1
+          position += 1 if markers else max(r, c)
+          order, p, i = order + 1, p + r * c, i + 1
         t += n
       if branch:
         batch.stream.until[b, begin:t] = order - 1
       if document and document[0][0] == 'text':
-        batch.stream.weights[b, t - length(document)] = 0
+        batch.stream.weights[b, t - length(document, markers)] = 0
   return batch

@@ -7,11 +7,12 @@ from typing import Any
 
 import flax.linen as nn
 
+from mmjax.models.flamingo import Flamingo
 from mmjax.models.text import Encoder
 from mmjax.models.unified import Unified
 from mmjax.names import closest
 
-MODELS = {'encoder': Encoder, 'unified': Unified}
+MODELS = {'encoder': Encoder, 'flamingo': Flamingo, 'unified': Unified}
 
 
 def build(name: str, **fields: Any) -> nn.Module:

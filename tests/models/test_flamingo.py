@@ -1,0 +1,355 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from documents import length, pack, random_document
+from flax import nnx
+from wide import float64, largest_error, widen
+
+from mmjax import models, sharding
+from mmjax.batch import BankBudget, Budget, Item, PackedBatch
+from mmjax.generate import make_generate
+from mmjax.models.flamingo import FROZEN
+from mmjax.ops.losses import next_token_loss
+from mmjax.train import optim, state, step
+
+WORDS = dict(
+  vocab_size=40, embed_dim=16, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8,
+  mlp_dim=24,
+)  # fmt: skip
+FIELDS = WORDS | dict(
+  media=[['image', 6]], marker=39, cross_every=2, cross_head_dim=4, num_latents=3,
+  resampler_dim=8, resampler_layers=2, resampler_heads=2, vision_dim=12,
+  vision_layers=2, vision_heads=2, vision_mlp_dim=16, vision_grid=[3, 3],
+)  # fmt: skip
+MODEL, LM = models.build('flamingo', **FIELDS), models.build('unified', **WORDS)
+pack = functools.partial(pack, markers=True)
+
+
+@functools.cache
+def params(gate=0.7):
+  """Parameters larger than at init and gates that are open."""
+  made = jax.jit(MODEL.init)(jax.random.key(0), pack([[]]))['params']
+  made = jax.tree.map(lambda x: 1.5 * x, made)
+  for name in ('attention_gate', 'mlp_gate'):
+    made['cross'][name] = jnp.full_like(made['cross'][name], gate)
+  return made
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def logits(params, batch, model=MODEL):
+  hidden = model.apply({'params': params}, batch)
+  return model.apply({'params': params}, hidden, method='logits')
+
+
+def loss_fn(model, params, batch):
+  hidden = model.apply({'params': params}, batch)
+
+  def unembed(h):
+    return model.apply({'params': params}, h, method='logits')
+
+  return next_token_loss(hidden, unembed, batch.stream, 24)[:2]
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def loss_and_grads(params, batch, model=MODEL):
+  value, pull = jax.vjp(lambda p: loss_fn(model, p, batch), params)
+  return value, pull((jnp.ones(()), jnp.zeros(())))[0]
+
+
+def assert_close(got, want, rtol):
+  """|got - want| <= rtol |want| in the Euclidean norm of each leaf.
+
+  A key's bias moves all logits of a query alike: its gradient is 0 but for rounding.
+  """
+  pairs = zip(
+    jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+  )
+  for (path, g), w in pairs:
+    norm = np.linalg.norm(np.ravel(w))
+    if 'key_bias' in jax.tree_util.keystr(path):
+      norm = 1.0
+    error = np.linalg.norm(np.ravel(g - w)) / norm
+    assert error <= rtol, f'{error:.2e} for {jax.tree_util.keystr(path)}'
+
+
+def documents(seed=0):
+  rng = np.random.default_rng(seed)
+  made = [random_document(rng, spans, vocab=39) for spans in ('tit', 'ititt', 'tt')]
+  return [[*d, ('text', rng.integers(1, 39, 3), True)] for d in made]
+
+
+def words(batch):
+  """What a language model alone gets: markers are a word, and there is no bank."""
+  tokens = np.where(batch.stream.tokens < 0, 39, batch.stream.tokens)
+  return PackedBatch(dataclasses.replace(batch.stream, tokens=tokens), {})
+
+
+def test_gate_at_zero_is_the_language_model_bit_by_bit():
+  made = jax.jit(MODEL.init)(jax.random.key(0), pack([[]]))['params']
+  batch = pack([documents(), documents(1)])
+  want = logits(made['lm'], words(batch), LM)
+  np.testing.assert_array_equal(logits(made, batch), want)
+  plain, flat = MODEL.unscanned(made)
+  alone, lm = LM.unscanned(made['lm'])
+  np.testing.assert_array_equal(
+    logits(flat, batch, plain), logits(lm, words(batch), alone)
+  )
+  assert np.abs(logits(params(), batch) - want).max() > 0.1
+
+
+@pytest.mark.parametrize('latest', [True, False])
+def test_a_token_changes_when_and_only_when_an_image_it_may_see_does(latest):
+  """Packed documents and branches, as in `tests/nn/test_gated_xattn.py`.
+
+  One layer, once as it is: it carries what a token has seen on to the tokens that see
+  that token, so all images that a token may see tell on it. And once with kernels of
+  0, so that the cross-attention alone is heard.
+  """
+  rng = np.random.default_rng(0)
+  text = lambda n, *b: ('text', rng.integers(1, 39, n), True, *b)  # noqa: E731
+  image = lambda *b: ('image', rng.integers(0, 99, (2, 1, 6)), False, *b)  # noqa: E731
+  rows = [
+    [[text(2), image(), text(2), image(), text(1)], [image(), text(2)]],
+    [[image(), text(1), text(1, 1), image(1), text(1, 1), text(2, 2), text(1, 0)]],
+  ]
+  batch = pack(rows, T=12, I=4, P=10)
+  model = MODEL.clone(latest=latest, num_layers=1, cross_every=1)
+  made = jax.jit(model.init)(jax.random.key(0), batch)['params']
+  made['cross'] = jax.tree.map(lambda x: x + 0.5, made['cross'])
+  blind = jax.tree.map(jnp.zeros_like, made['lm']['transformer']['layers'])
+  alone = {**made, 'lm': {**made['lm'], 'transformer': {
+    **made['lm']['transformer'], 'layers': blind}}}  # fmt: skip
+  seen = [
+    [(), (), (0,), (0,), (0,), (0, 1), (0, 1), (2,), (2,), (2,), (), ()],
+    [(0,), (0,), (0,), (0, 1), (0, 1), (0,), (0,), (0,), (), (), (), ()],
+  ]
+  for weights, of in ((made, lambda s: s), (alone, lambda s: s[-1:] if latest else s)):
+    before = logits(weights, batch, model)
+    for b, i in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1)):
+      other = jax.tree.map(np.copy, batch)
+      mine = other.bank['image'].items[b] == i + 1
+      other.bank['image'].values[b, mine] += 100
+      changed = np.any(logits(weights, other, model) != before, -1)
+      want = np.zeros_like(changed)
+      want[b] = [i in of(s) for s in seen[b]]
+      np.testing.assert_array_equal(changed, want)
+
+
+def test_packed_equals_unpacked():
+  a, b, c = documents()
+  # As initialised, as in the same test of `Unified`; the gates stay open.
+  made = jax.tree.map(lambda x: x / 1.5, params())
+  packed = loss_and_grads(made, pack([[a, b, c], [], []]))
+  apart = loss_and_grads(made, pack([[a], [b], [c]]))
+  assert float(packed[0][1]) >= 9
+  assert_close(packed, apart, 1e-5)
+
+
+@pytest.mark.slow
+def test_packing_differs_by_rounding_alone():
+  """In float64 every entry agrees to 1e-12, sharp attention included: no leak."""
+  a, b, c = documents()
+  with float64():
+    model = MODEL.clone(dtype='float64', param_dtype='float64')
+    weights = widen(params())
+    packed, apart = (
+      loss_and_grads(weights, widen(pack(rows)), model)
+      for rows in ([[a, b, c], [], []], [[a], [b], [c]])
+    )
+    for value in (packed, apart):  # 0 but for rounding, see `assert_close`
+      bias = value[1]['vision']['transformer']['layers']['attention'].pop('key_bias')
+      assert np.abs(bias).max() < 1e-12
+    assert largest_error(packed, apart) < 1e-12
+
+
+def test_padding_changes_no_bit():
+  batch = pack([documents(), [], []])
+  wild = jax.tree.map(np.copy, batch)
+  padding = wild.stream.segment_ids == 0
+  wild.stream.tokens[padding] = 17
+  wild.stream.positions[padding] = 5
+  wild.bank['image'].values[wild.bank['image'].items == 0] = 255
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    loss_and_grads(params(), wild),
+    loss_and_grads(params(), batch),
+  )
+
+
+def test_unscanned_and_rematted_equal_scanned():
+  batch = pack([documents(), [], []])
+  want = loss_and_grads(params(), batch)
+  assert_close(loss_and_grads(params(), batch, MODEL.clone(remat='full')), want, 1e-5)
+  plain, flat = MODEL.unscanned(params())
+  value, grads = loss_and_grads(flat, batch, plain)
+  assert_close((value, grads), (want[0], MODEL.unscanned(want[1])[1]), 1e-5)
+  shapes = jax.eval_shape(plain.init, jax.random.key(0), batch)['params']
+  assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, flat)
+
+
+def test_eight_devices_equal_one():
+  batch = pack([documents(seed) for seed in range(8)])
+  model = MODEL.clone(tie_embeddings=False)
+  init = functools.partial(model.init, jax.random.key(0))
+  weights = jax.jit(init)(batch)['params']
+  weights['cross'] = jax.tree.map(lambda x: x + 0.1, weights['cross'])
+  want = loss_and_grads(weights, batch, model)
+  mesh, rules = (
+    sharding.make_mesh({'fsdp': 4, 'tensor': 2}),
+    sharding.RULES['fsdp+tensor'],
+  )
+  names = sharding.axis_names(init, batch)['params']
+  with sharding.use(mesh, rules):
+    where = sharding.shardings(names, weights, mesh, rules)
+    weights = jax.device_put(weights, where)
+    batch = jax.device_put(batch, sharding.batch_shardings(batch, mesh, rules))
+    f = jax.jit(lambda p, b: loss_and_grads.__wrapped__(p, b, model))
+    got = f(weights, batch)
+  assert_close(got, want, 1e-5)
+  up = weights['cross']['mlp']['up']
+  assert up.sharding.shard_shape(up.shape) == (2, 4, 32)
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def extend(params, batch, cache, slot, model):
+  variables = {'params': params}
+  hidden, cache = model.apply(variables, batch, cache, slot, method='extend')
+  return model.apply(variables, hidden, method='logits'), cache
+
+
+@pytest.mark.parametrize('scan', [True, False])
+@pytest.mark.parametrize('latest', [True, False])
+def test_cached_logits_equal_the_full_forward(scan, latest):
+  """Span by span, padded to one width; the bank comes with the first piece only."""
+  rng = np.random.default_rng(3)
+  text = lambda n, *b: ('text', rng.integers(1, 39, n), True, *b)  # noqa: E731
+  image = lambda *b: ('image', rng.integers(0, 99, (2, 2, 6)), False, *b)  # noqa: E731
+  document = [text(2), image(), text(3), image(), text(1, 0), text(2, 1), image(1)]
+  document += [text(1, 1), text(2, 2), text(1, 0)]
+  batch = pack([[document]])
+  model, weights = MODEL.clone(latest=latest), params()
+  want = logits(weights, batch, model)[0]
+  if not scan:
+    model, weights = model.unscanned(weights)
+  width, t = 4, 0
+  cache = model.empty_cache(1, width * len(document))
+  for i, span in enumerate(document):
+    n, piece = length([span], True), pack([[]], T=width)
+    for name, x in vars(piece.stream).items():
+      x[0, :n] = getattr(batch.stream, name)[0, t : t + n]
+    # The bank again where an image's marker comes, as its `until` comes with it.
+    bank = batch.bank if span[0] == 'image' or i == 0 else {}
+    piece = PackedBatch(piece.stream, bank)
+    got, cache = extend(weights, piece, cache, jnp.int32(i * width), model)
+    np.testing.assert_allclose(got[0, :n], want[t : t + n], rtol=0, atol=2e-5)
+    t += n
+
+
+def test_greedy_equals_argmax_of_repeated_forwards():
+  rng = np.random.default_rng(5)
+  rows = [[random_document(rng, spans, vocab=39)] for spans in ('tit', 't', 'titi')]
+  got = make_generate(MODEL, 4, -7)(params(), pack(rows, T=20))
+  for i in range(4):
+    out = logits(params(), pack(rows))
+    for b, [d] in enumerate(rows):
+      token = np.argmax(out[b, length(d, True) - 1])
+      assert got[b, i] == token
+      d.append(('text', [token], False))
+
+
+def test_text_alone_needs_no_bank():
+  batch = pack([[documents()[2]]])
+  want = logits(params(), batch)
+  got = logits(params(), PackedBatch(batch.stream, {}))
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_frozen_leaves_change_no_bit_and_have_no_memory():
+  batch = pack([documents(), documents(1)])
+  names = sharding.axis_names(MODEL.init, jax.random.key(0), batch)['params']
+  made = optim.build(
+    params(), names, name='adamw', learning_rate=1e-2, steps=9, weight_decay=0.1,
+    freeze=FROZEN,
+  )  # fmt: skip
+
+  def task(params, batch, rng, train):
+    loss, weight = loss_fn(MODEL, params, batch)
+    return loss, {'weight': weight}
+
+  run = jax.jit(step.make_step(task, made, jax.random.key(0)))
+  now = state.create(params(), made)
+  memory = sum(x.size for x in jax.tree.leaves(now.opt_state))
+  trained = {k: v for k, v in params().items() if k in ('cross', 'resampler')}
+  assert memory <= 2 * sum(x.size for x in jax.tree.leaves(trained)) + 9
+  for _ in range(2):
+    now, metrics = run(now, batch)
+  assert metrics['skipped'] == 0
+  for part in ('vision', 'lm'):
+    jax.tree.map(np.testing.assert_array_equal, now.params[part], params()[part])
+  for part in trained:
+    changed = jax.tree.map(
+      lambda a, b: bool(np.any(a != b)), now.params[part], trained[part]
+    )
+    assert all(jax.tree.leaves(changed)), changed
+
+
+def test_bridges_to_nnx():
+  batch = pack([documents()])
+  model = MODEL.clone(gate_init=0.5)
+  bridged = nnx.bridge.lazy_init(nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0)), batch)
+  made = nnx.to_pure_dict(nnx.state(bridged, nnx.Param))
+  assert_close(bridged(batch), model.apply({'params': made}, batch), 1e-5)
+
+
+def test_flamingo_3b_has_its_published_sizes_where_the_paper_tells_them():
+  """Flamingo-3B (2204.14198, tables 1 and 5), without computing anything.
+
+  Its cross-attention has the published 1.2 billion parameters. The resampler has 189
+  million and not 194: the paper doesn't tell how wide the features are that enter it.
+  Its language model (relative positions) and encoder (NFNet-F6) are others than here.
+  """
+  model = models.build(
+    'flamingo', vocab_size=32_000, embed_dim=2048, num_layers=24, num_heads=16,
+    num_kv_heads=16, head_dim=128, mlp_dim=8192, media=[['image', 768]],
+    resampler_dim=1536, resampler_heads=16, resampler_head_dim=128, vision_dim=1536,
+    vision_layers=1, vision_heads=16, vision_mlp_dim=6144,
+  )  # fmt: skip
+  batch = Budget(8, 4, {'image': BankBudget(4, 1, 768)}).empty(1)
+  made = jax.eval_shape(model.init, jax.random.key(0), batch)['params']
+  size = {part: sum(x.size for x in jax.tree.leaves(made[part])) for part in made}
+  assert round(size['cross'] / 1e9, 1) == 1.2
+  kernels = 6 * (4 * 1536 * 2048 + 2 * 1536 * 6144) + 64 * 1536
+  assert size['resampler'] == kernels + (6 * 3 + 1) * 2 * 1536
+  assert round(size['resampler'] / 1e6) == 189
+  assert jax.eval_shape(model.apply, {'params': made}, batch).shape == (1, 8, 2048)
+
+
+def test_an_item_takes_one_slot():
+  assert MODEL.slots(Item('image', (1, 3, 4))) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (dict(media=()), 'looks at one kind of media, got \\(\\)'),
+    (dict(cross_every=3), 'cross_every=3 does not divide num_layers=4'),
+    (dict(marker=40), 'marker=40 is not in 0..39'),
+    (dict(gate='tan'), "unknown gate 'tan'; did you mean 'tanh'"),
+    (dict(resampler_heads=3), 'resampler_dim=8 does not divide over resampler_heads=3'),
+    (dict(vision_heads=5), 'embed_dim=12 does not divide over num_heads=5'),
+    (dict(vision_positions='sin'), "unknown positions 'sin'; did you mean 'sincos'"),
+  ],
+)
+def test_refuses(change, message):
+  with pytest.raises(ValueError, match=message):
+    models.build('flamingo', **FIELDS | change)
+
+
+def test_refuses_other_media():
+  budget = Budget(8, 4, {'audio': BankBudget(2, 1, 6)})
+  with pytest.raises(ValueError, match="batch has media 'audio', the model looks at"):
+    MODEL.init(jax.random.key(0), budget.empty(1))
