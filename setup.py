@@ -31,7 +31,7 @@ setuptools.setup(
     'ml-collections>=1.1',
     'msgpack',
     'numpy>=2',
-    'optax>=0.2.6',
+    'optax>=0.2.8',
     'orbax-checkpoint>=0.11.30',
     'pillow>=11',
     'safetensors>=0.8',

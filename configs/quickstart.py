@@ -2,14 +2,15 @@
 
 Data: easy-VQA (PyPI `easy-vqa`, Victor Zhou 2019): 4,000 + 1,000 pictures of 64 x 64
 with one coloured shape, 38,575 + 9,673 questions, 13 answers. A document is one
-picture and all its questions; only the answers are trained. Always answering 'no'
-scores 0.373, the best guess without the picture 0.670, a public CNN + LSTM 0.876.
+picture and all its questions, in branches that don't see each other; only the answers
+are trained. Always answering 'no' scores 0.373, the best guess without the picture
+0.670, a public CNN + LSTM 0.876.
 
 Model: one decoder of 0.9 M parameters; 8 x 8 patches enter its stream through a
 linear projection and see each other, text is causal.
 
-Expect: about ten minutes on 2 CPU cores, test accuracy 0.868 over all questions, each
-asked alone (0.616 with the pictures of other documents, 0.586 with blank ones).
+Expect: six and a half minutes on 2 CPU cores, test accuracy 0.9939 over all questions,
+each asked alone (0.591 with the pictures of other documents, 0.453 with blank ones).
 
 COMMAND: python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 In under a minute (all of it works, nothing is learnt):
