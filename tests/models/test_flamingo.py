@@ -88,6 +88,7 @@ def words(batch):
   return PackedBatch(dataclasses.replace(batch.stream, tokens=tokens), {})
 
 
+@pytest.mark.slow
 def test_gate_at_zero_is_the_language_model_bit_by_bit():
   made = jax.jit(MODEL.init)(jax.random.key(0), pack([[]]))['params']
   batch = pack([documents(), documents(1)])
@@ -180,6 +181,7 @@ def test_padding_changes_no_bit():
   )
 
 
+@pytest.mark.slow
 def test_unscanned_and_rematted_equal_scanned():
   batch = pack([documents(), [], []])
   want = loss_and_grads(params(), batch)
@@ -191,6 +193,7 @@ def test_unscanned_and_rematted_equal_scanned():
   assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, flat)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
   batch = pack([documents(seed) for seed in range(8)])
   model = MODEL.clone(tie_embeddings=False)
@@ -297,6 +300,7 @@ def test_frozen_leaves_change_no_bit_and_have_no_memory():
     assert all(jax.tree.leaves(changed)), changed
 
 
+@pytest.mark.slow
 def test_bridges_to_nnx():
   batch = pack([documents()])
   model = MODEL.clone(gate_init=0.5)
