@@ -12,7 +12,6 @@ that share a row are encoded as if each were alone:
 Decoders (Llama, Qwen2, Gemma, GPT-2) are `models.unified.Unified`.
 """
 
-import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -83,8 +82,7 @@ class Encoder(nn.Module):
 
   def config(self) -> Config:
     """The Transformer's part of the fields."""
-    names = (f.name for f in dataclasses.fields(Config))
-    return Config(**{n: getattr(self, n) for n in names})
+    return Config.of(self)
 
   def setup(self):
     D, dtype, config = self.embed_dim, self.param_dtype, self.config()

@@ -12,7 +12,6 @@ Without media it is a language model, and its fields make it that of Llama, Qwen
 Gemma or GPT-2 (see `nn.transformer` and `interop.huggingface`).
 """
 
-import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -93,8 +92,7 @@ class Unified(nn.Module):
 
   def config(self) -> Config:
     """The Transformer's part of the fields."""
-    names = (f.name for f in dataclasses.fields(Config))
-    return Config(**{n: getattr(self, n) for n in names})
+    return Config.of(self)
 
   def setup(self):
     self.embed = StreamEmbed(

@@ -99,6 +99,11 @@ class Config:
         f' num_kv_heads={self.num_kv_heads}'
       )
 
+  @classmethod
+  def of(cls, model: Any) -> 'Config':
+    """Those fields of a model that are the Transformer's, by name."""
+    return cls(**{f.name: getattr(model, f.name) for f in dataclasses.fields(cls)})
+
   @property
   def out_scale(self) -> float:
     """Variance scale of the kernels that write to the residual stream."""
