@@ -26,17 +26,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmjax import sharding
-from mmjax.batch import Budget
 from mmjax.interop import files
 from mmjax.interop.families import FAMILIES, Family
 from mmjax.interop.leaf import Leaf, join
-from mmjax.models import build
+from mmjax.models import ENCODERS, MODELS, build, fields_of, padding
 from mmjax.names import closest
 
 # Fields that change no parameter, and that a config.json says nothing of.
 _FREE = {
   'dtype', 'param_dtype', 'dropout', 'remat', 'scan', 'chunk', 'reach', 'rope_sections',
-  'parent', 'name',
 }  # fmt: skip
 
 
@@ -77,14 +75,14 @@ def load(
     said = family.fields(source.config, source.names())
   except KeyError as error:
     raise ValueError(f'{source.directory}/config.json has no {error}') from error
-  model = build(family.model, **{**said, 'param_dtype': dtype.name, **fields})
+  model = _build(family, said, {'param_dtype': dtype.name, **fields})
   shapes = _shapes(model)
-  leaves = _leaves(family, shapes, source.names())
-  _check(source, family, leaves, shapes, None if param_dtype else dtype)
+  leaves = _leaves(family, model, shapes, source.names())
+  _check(source, family, model, leaves, shapes, None if param_dtype else dtype)
 
   if mesh is None:
     mesh = sharding.make_mesh({'data': 1}, jax.devices()[:1])
-  names = sharding.axis_names(model.init, jax.random.key(0), _BATCH)['params']
+  names = sharding.axis_names(model.init, jax.random.key(0), padding(model))['params']
   names = flax.traverse_util.flatten_dict(names, sep='/')
   rules = sharding.rules_for('dp') if rules is None else rules
   where = sharding.shardings(names, shapes, mesh, rules)
@@ -115,7 +113,7 @@ def export(
     ValueError: the model is no known architecture (says why it is none of them),
       or its parameters are not the model's, or not all of this process.
   """
-  if not getattr(model, 'scan', True):
+  if not all(getattr(part, 'scan', True) for part in _parts(model)):
     raise ValueError('export: the layers are one by one; take the scanned model')
   shapes = _shapes(model)
   flat = flax.traverse_util.flatten_dict(params, sep='/')
@@ -130,10 +128,10 @@ def export(
   if whole:
     raise ValueError(f'export: {whole[0]} is spread over processes; gather it first')
   kind, family, said = _architecture(model, shapes)
-  leaves = _leaves(family, shapes, None)
+  leaves = _leaves(family, model, shapes, None)
   groups: dict[tuple[str, int | None], list[Leaf]] = {}
   for leaf in leaves:
-    for i in range(model.num_layers) if leaf.stacked else [None]:
+    for i in range(shapes[leaf.ours].shape[0]) if leaf.stacked else [None]:
       groups.setdefault((leaf.theirs.format(i), i), []).append(leaf)
 
   def tensors():
@@ -155,11 +153,30 @@ def export(
   files.write(pathlib.Path(directory), said, sizes, tensors(), max_shard_bytes)
 
 
-_BATCH = Budget(2, 1).empty(1)
+def _build(family, said, given) -> nn.Module:
+  """The model; what is given and is no field of it goes to all parts that have it."""
+  known = fields_of((MODELS | ENCODERS)[family.model])
+  own = {k: v for k, v in given.items() if k in known}
+  shared = {k: v for k, v in given.items() if k not in known or k == 'param_dtype'}
+  model = build(family.model, shared=shared, **{**said, **own})
+  for name in shared:
+    if not any(hasattr(part, name) for part in _parts(model)):
+      raise ValueError(
+        f'model {family.model!r} has no field {name!r}{closest(name, known)}'
+      )
+  return model
+
+
+def _parts(model: nn.Module):
+  """The module and the modules that are its fields, and theirs."""
+  yield model
+  for name in fields_of(type(model)):
+    if isinstance(getattr(model, name), nn.Module):
+      yield from _parts(getattr(model, name))
 
 
 def _shapes(model) -> dict[str, jax.ShapeDtypeStruct]:
-  made = jax.eval_shape(model.init, jax.random.key(0), _BATCH)['params']
+  made = jax.eval_shape(model.init, jax.random.key(0), padding(model))['params']
   return flax.traverse_util.flatten_dict(made, sep='/')
 
 
@@ -172,9 +189,9 @@ def _family(source) -> Family:
   return FAMILIES[kind]
 
 
-def _leaves(family, shapes, stored) -> list[Leaf]:
+def _leaves(family, model, shapes, stored) -> list[Leaf]:
   """The leaves that the model has, under the names that the files use."""
-  found = [leaf for leaf in family.leaves if leaf.ours in shapes]
+  found = [leaf for leaf in family.table(model) if leaf.ours in shapes]
   if lost := sorted(set(shapes) - {leaf.ours for leaf in found}):
     raise ValueError(f'the architecture has no weights for {", ".join(lost)}')
   if stored is None or any(name.startswith(family.prefix) for name in stored):
@@ -183,7 +200,7 @@ def _leaves(family, shapes, stored) -> list[Leaf]:
   return [Leaf(f.ours, theirs, f.axes, f.part) for f, theirs in zip(found, bare)]
 
 
-def _check(source, family, leaves, shapes, dtype) -> None:
+def _check(source, family, model, leaves, shapes, dtype) -> None:
   """Compares the tensors there are with those there should be."""
   want = {}
   for leaf in leaves:
@@ -193,7 +210,7 @@ def _check(source, family, leaves, shapes, dtype) -> None:
   there = source.names()
   ignored = list(family.ignored)
   if 'head' not in shapes:  # tied: a copy of the table says nothing new
-    ignored += [leaf.theirs for leaf in family.leaves if leaf.ours == 'head']
+    ignored += [leaf.theirs for leaf in family.table(model) if leaf.ours == 'head']
   extra = [
     name
     for name in sorted(there - want.keys())
@@ -265,20 +282,16 @@ def _architecture(model, shapes) -> tuple[str, Family, dict[str, Any]]:
   """The family whose config.json gives back this model."""
   reasons = []
   for kind, family in FAMILIES.items():
-    if not isinstance(model, type(build(family.model, vocab_size=1))):
+    if not isinstance(model, (MODELS | ENCODERS)[family.model]):
       continue
     config = family.config(model)
-    names = {leaf.theirs for leaf in family.leaves if leaf.ours in shapes}
+    names = {leaf.theirs for leaf in family.table(model) if leaf.ours in shapes}
     try:
       again = build(family.model, **family.fields(config, names))
     except ValueError as error:
       reasons.append(f'{kind} ({error})')
       continue
-    differ = [
-      f'{k}={getattr(model, k)!r}, not {getattr(again, k)!r}'
-      for k in model.__dataclass_fields__
-      if k not in _FREE and getattr(model, k) != getattr(again, k)
-    ]
+    differ = list(_differences(model, again))
     if not differ:
       return kind, family, config
     reasons.append(f'{kind} ({", ".join(differ)})')
@@ -286,3 +299,13 @@ def _architecture(model, shapes) -> tuple[str, Family, dict[str, Any]]:
     f'export: {type(model).__name__} is none of {", ".join(sorted(FAMILIES))}'
     + (f': {"; ".join(reasons)}' if reasons else '')
   )
+
+
+def _differences(model: nn.Module, other: nn.Module, prefix: str = ''):
+  """The fields in which two models of one class are not the same, as text."""
+  for k in fields_of(type(model)):
+    a, b = getattr(model, k), getattr(other, k)
+    if isinstance(a, nn.Module) and type(a) is type(b):
+      yield from _differences(a, b, f'{prefix}{k}.')
+    elif k not in _FREE and a != b:
+      yield f'{prefix}{k}={a!r}, not {b!r}'

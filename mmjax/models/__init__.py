@@ -1,43 +1,125 @@
-"""Models by name: `build('unified', vocab_size=512, num_layers=4, ...)`."""
+"""Models by name: `build('unified', vocab_size=512, num_layers=4, ...)`.
+
+A model's parts are its fields, modules again, and built of plain values the same way:
+
+  build('flamingo', lm=dict(name='unified', ...), vision=dict(name='vit', ...),
+        resampler=dict(num_latents=64), vocab_size=512, media=(('image', 768),))
+
+What the data says is told once, at the top, and goes where it is a field: `vocab_size`
+to language models, `channels` of the media to encoders.
+"""
 
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 
+from mmjax.batch import Bank, BankBudget, Budget, PackedBatch
 from mmjax.models.flamingo import Flamingo
 from mmjax.models.text import Encoder
 from mmjax.models.unified import Unified
 from mmjax.names import closest
+from mmjax.nn.vit import Vit
 
 MODELS = {'encoder': Encoder, 'flamingo': Flamingo, 'unified': Unified}
+# Parts of models that take a bank of media, see `nn.features`.
+ENCODERS = {'vit': Vit}
 
 
-def build(name: str, **fields: Any) -> nn.Module:
-  """Builds a model from plain values, as a config holds them.
+def build(name: str, *, shared: Mapping[str, Any] = {}, **fields: Any) -> nn.Module:  # noqa: B006
+  """Builds a model, or an encoder alone, from plain values, as a config holds them.
+
+  Args:
+    name: of `MODELS` or `ENCODERS`.
+    shared: fields for the model and all of its parts that have them, e.g. dtype, where
+      they aren't said.
+    **fields: of the model.
 
   Raises:
     ValueError: an unknown name or field (with the closest right one), a missing
       field, or a value of the wrong type.
   """
-  if name not in MODELS:
+  classes = MODELS | ENCODERS
+  if name not in classes:
     raise ValueError(f'unknown model {name!r}{closest(name, MODELS)}')
-  cls = MODELS[name]
-  types_ = typing.get_type_hints(cls)
-  known = {f.name: f for f in dataclasses.fields(cls) if f.name not in ('parent', 'name')}
+  known = fields_of(classes[name])
+  told = {**shared}
+  if 'vocab_size' in fields:
+    told['vocab_size'] = fields['vocab_size']
+  if media := fields.get('media'):
+    told['channels'] = media[0][1]
+  fields = {k: v for k, v in fields.items() if k in known or k != 'vocab_size'}
+  fields = {k: v for k, v in shared.items() if k in known} | fields
+  return _make(f'model {name!r}', classes[name], fields, told)
+
+
+def padding(model: nn.Module) -> PackedBatch | Bank:
+  """The least input of a model or an encoder, nothing but padding: good for `init`."""
+  if isinstance(model, tuple(ENCODERS.values())):
+    return (
+      Budget(2, 1, {'image': BankBudget(1, 1, model.channels)}).empty(1).bank['image']
+    )
+  bank = {kind: BankBudget(1, 1, C) for kind, C in getattr(model, 'media', ())}
+  return Budget(2, 1, bank).empty(1)
+
+
+def part_of(want: Any, fields: Mapping[str, Any], where: str = 'part') -> type | None:
+  """The class of a part: by its name, or the one that a field's type allows.
+
+  Args:
+    want: the type of the model's field.
+    fields: plain values of the part, perhaps with its 'name'.
+    where: for the error.
+
+  Returns:
+    The class; None, if the field is not one for a part.
+
+  Raises:
+    ValueError: an unknown name.
+  """
+  if not (isinstance(want, type) and issubclass(want, nn.Module)):
+    return None
+  parts = {k: v for k, v in (MODELS | ENCODERS).items() if issubclass(v, want)}
+  if 'name' not in fields and len(parts) <= 1:
+    return next(iter(parts.values()), want)
+  if fields.get('name') not in parts:
+    name = fields.get('name')
+    raise ValueError(f'{where}: unknown name {name!r}{closest(name, parts)}')
+  return parts[fields['name']]
+
+
+def fields_of(cls: type) -> dict[str, dataclasses.Field]:
+  """The fields of a module that a config may set, by name."""
+  return {f.name: f for f in dataclasses.fields(cls) if f.name not in ('parent', 'name')}
+
+
+def _make(where: str, cls: type, fields: Mapping[str, Any], told: dict[str, Any]):
+  known, types_ = fields_of(cls), typing.get_type_hints(cls)
   for field in fields:
     if field not in known:
-      raise ValueError(f'model {name!r} has no field {field!r}{closest(field, known)}')
+      raise ValueError(f'{where} has no field {field!r}{closest(field, known)}')
+  made = {}
   for field, spec in known.items():
-    required = spec.default is dataclasses.MISSING
-    if required and spec.default_factory is dataclasses.MISSING and field not in fields:
-      raise ValueError(f'model {name!r} needs field {field!r}')
-  return cls(**{f: _convert(name, f, types_[f], value) for f, value in fields.items()})
+    value = fields.get(field)
+    if isinstance(value, Mapping):
+      inside = f'{where}: {field}'
+      part = part_of(types_[field], value, inside)
+      if part is not None:
+        rest = {k: v for k, v in value.items() if k != 'name'}
+        rest |= {k: v for k, v in told.items() if k in fields_of(part) and k not in rest}
+        made[field] = _make(inside, part, rest, told)
+        continue
+    if field in fields:
+      made[field] = _convert(where, field, types_[field], value)
+    elif spec.default is spec.default_factory is dataclasses.MISSING:
+      raise ValueError(f'{where} needs field {field!r}')
+  return cls(**made)
 
 
-def _convert(model, field, want, value):
+def _convert(where, field, want, value):
   """The value as the field's type wants it: lists become tuples, ints floats."""
   if isinstance(value, list | tuple):
     value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
@@ -46,8 +128,7 @@ def _convert(model, field, want, value):
   if not _fits(value, want):
     text = want.__name__ if isinstance(want, type) else str(want)
     raise ValueError(
-      f'model {model!r}: field {field!r} must be {text}, got {value!r}'
-      f' ({type(value).__name__})'
+      f'{where}: field {field!r} must be {text}, got {value!r} ({type(value).__name__})'
     )
   return value
 

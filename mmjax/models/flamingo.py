@@ -1,13 +1,14 @@
 """Flamingo: a language model that looks at media in between its layers (2204.14198).
 
-  patches --ViT--> features --Resampler--> R latents per item ---.
-                                                                 v
+  patches --encoder--> features --Resampler--> R latents per item ---.
+                                                                      v
   tokens --lookup--> [gated cross-attention, k layers] x L/k --> hidden --> logits
 
 The stream holds the text and one marker per item, where the item stands; a token
-looks at the latest item at or before it, or at all. The language model is a `Unified`
-under `lm/`, with the same tree of parameters, so a trained one goes in as it is.
-While the gates are 0, as they begin, the outputs are its own, bit by bit.
+looks at the latest item at or before it, or at all. The language model is any
+`Unified` under `lm/`, so a trained one goes in as it is; so does the encoder under
+`vision/`. While the gates are 0, as they begin, the outputs are the language
+model's own, bit by bit.
 
 Trained as in the paper, vision and language stay what they are:
 
@@ -15,6 +16,7 @@ Trained as in the paper, vision and language stay what they are:
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -29,7 +31,6 @@ from mmjax.nn.cache import KV, Cache
 from mmjax.nn.gated_xattn import GATES, GatedCrossAttention, latent_tags, look_at
 from mmjax.nn.resampler import Resampler
 from mmjax.nn.transformer import REMAT, Before
-from mmjax.nn.vit import Vit
 
 # What the paper leaves as it was trained before: patterns for `optim.freeze`.
 FROZEN = ('vision/*', 'lm/*')
@@ -47,97 +48,75 @@ class MediaCache(NamedTuple):
   items: KeyTags | None = None
 
 
-class Flamingo(Unified):
+class Flamingo(nn.Module):
   """A language model with gated cross-attention to the latents of media.
 
-  Fields: those of `Unified` are the language model's; `media` is of one kind.
+  Fields:
+    lm: the language model; scan, remat, chunk, dtype and param_dtype of what stands
+      between its layers are its own.
+    vision: an encoder, see `nn.features`.
+    resampler: features to latents.
+    media: ((kind, channels),), one kind.
     marker: the token that the language model reads at an item's slot.
-    cross_every: k, layers from one cross-attention to the next; divides the layers.
-    cross_heads, cross_head_dim, cross_mlp_dim: default: num_heads, head_dim, 4 D.
+    cross_every: k, layers from one cross-attention to the next.
+    cross_heads, cross_head_dim, cross_mlp_dim: default: N and H of `lm`, 4 D.
+    cross_norm, cross_activation, cross_gated: see `nn.cross_attention.Config`.
     gate: 'tanh' or 'sigmoid'; gate_init: see `nn.gated_xattn`.
     latest: a token looks at the latest item; else at all earlier ones.
-    num_latents, num_frames: see `nn.resampler.Resampler`.
-    resampler_dim, resampler_layers, resampler_heads, resampler_head_dim,
-      resampler_mlp_dim: of the resampler; default of the last two: dim / heads, 4 dim.
-    vision_dim, vision_layers, vision_heads, vision_mlp_dim, vision_positions,
-      vision_grid: of the encoder, `nn.vit.Vit`.
-    remat, chunk, dtype, param_dtype: of all parts; reach and scan: of the language
-      model (and scan of what stands between its layers).
   """
 
+  lm: Unified
+  vision: nn.Module
+  resampler: Resampler
+  media: tuple[tuple[str, int], ...] = ()
   marker: int = 0
   cross_every: int = 1
   cross_heads: int | None = None
   cross_head_dim: int | None = None
   cross_mlp_dim: int | None = None
+  cross_norm: str = 'layer'
+  cross_activation: str = 'relu2'
+  cross_gated: bool = False
   gate: str = 'tanh'
   gate_init: float = 0.0
   latest: bool = True
-  num_latents: int = 64
-  num_frames: int = 0
-  resampler_dim: int = 128
-  resampler_layers: int = 6
-  resampler_heads: int = 4
-  resampler_head_dim: int | None = None
-  resampler_mlp_dim: int | None = None
-  vision_dim: int = 128
-  vision_layers: int = 4
-  vision_heads: int = 4
-  vision_mlp_dim: int = 512
-  vision_positions: str = 'learned'
-  vision_grid: tuple[int, int] = (16, 16)
 
   def __post_init__(self):
     super().__post_init__()
     if len(self.media) != 1:
       raise ValueError(f'flamingo looks at one kind of media, got {self.media}')
-    if self.cross_every < 1 or self.num_layers % self.cross_every:
-      raise ValueError(
-        f'cross_every={self.cross_every} does not divide num_layers={self.num_layers}'
-      )
-    if not 0 <= self.marker < self.vocab_size:
-      raise ValueError(f'marker={self.marker} is not in 0..{self.vocab_size - 1}')
+    if self.cross_every < 1:
+      raise ValueError(f'cross_every={self.cross_every} must be at least 1')
+    if not 0 <= self.marker < self.lm.vocab_size:
+      raise ValueError(f'marker={self.marker} is not in 0..{self.lm.vocab_size - 1}')
     if self.gate not in GATES:
       raise ValueError(f'unknown gate {self.gate!r}{closest(self.gate, GATES)}')
-    if not self.resampler_head_dim and self.resampler_dim % self.resampler_heads:
-      raise ValueError(
-        f'resampler_dim={self.resampler_dim} does not divide over'
-        f' resampler_heads={self.resampler_heads}'
-      )
-    Vit(**self._vision_fields(), parent=None).config()
+    self.resampler.config()
+    self._cross_config()
+
+  @property
+  def num_cross(self) -> int:
+    """How many cross-attentions there are."""
+    return -(-self.lm.num_layers // self.cross_every)
+
+  @property
+  def reach(self) -> int | tuple[int, int] | None:
+    return self.lm.reach
 
   def setup(self):
-    self.vision = Vit(**self._vision_fields())
-    D = self.resampler_dim
-    self.resampler = Resampler(
-      cross_attention.Config(
-        embed_dim=D,
-        media_dim=D,
-        num_heads=self.resampler_heads,
-        head_dim=self.resampler_head_dim or D // self.resampler_heads,
-        mlp_dim=self.resampler_mlp_dim or 4 * D,
-        out_scale=1 / (2 * self.resampler_layers),
-        **self._shared(),
-      ),
-      self.resampler_layers,
-      self.num_latents,
-      self.num_frames,
-      self.remat,
-    )
-    if self.scan:
+    if self.lm.scan:
       stacked = nn.vmap(
         GatedCrossAttention,
         variable_axes={'params': 0},
         split_rngs={'params': True},
         in_axes=None,
-        axis_size=self.num_layers // self.cross_every,
+        axis_size=self.num_cross,
         metadata_params={nn.PARTITION_NAME: 'layers'},
       )
-      self.cross = stacked(*self._cross_fields())
+      self.cross = stacked(self._cross_config(), self.gate, self.gate_init)
     else:
-      count = self.num_layers // self.cross_every
-      self.cross = [GatedCrossAttention(*self._cross_fields()) for _ in range(count)]
-    self.lm = Unified(**self._lm_fields())
+      make = functools.partial(GatedCrossAttention, self._cross_config())
+      self.cross = [make(self.gate, self.gate_init) for _ in range(self.num_cross)]
 
   def __call__(self, batch: PackedBatch, *, train: bool = False) -> jax.Array:
     """Hidden states after the final norm, f[B, T, D].
@@ -150,9 +129,9 @@ class Flamingo(Unified):
     latents = self._latents(bank, train)
     if self.is_initializing():
       query_tags = look_at(batch.stream.query_tags, items, self.latest)
-      args = (latents, query_tags, latent_tags(items, self.num_latents))
-      x = jnp.zeros((*batch.stream.tokens.shape, self.embed_dim), self.dtype)
-      for cross in [self.cross] if self.scan else self.cross:
+      args = (latents, query_tags, latent_tags(items, self.resampler.num_latents))
+      x = jnp.zeros((*batch.stream.tokens.shape, self.lm.embed_dim), self.lm.dtype)
+      for cross in [self.cross] if self.lm.scan else self.cross:
         cross(x, *args)
       return self.lm(self._words(batch), train=train)
     parts = self._parts(None)
@@ -184,56 +163,45 @@ class Flamingo(Unified):
     return self.lm.logits(hidden)
 
   def slots(self, item: Item) -> tuple[int, int, int]:
-    """The grid of stream slots an item takes: its marker."""
-    del item
+    """The grid of stream slots an item takes: its marker.
+
+    Raises:
+      ValueError: the encoder can't take such an item.
+    """
+    self.vision.grid(item)
     return (1, 1, 1)
 
   def empty_cache(self, rows: int, slots: int) -> MediaCache:
     """A cache for `extend`; a plain function of the fields."""
-    return MediaCache(super().empty_cache(rows, slots))
+    return MediaCache(self.lm.empty_cache(rows, slots))
 
   def unscanned(self, params: dict) -> tuple['Flamingo', dict]:
     """The same model with layers one by one, and its parameters."""
-    if not self.scan:
+    if not self.lm.scan:
       return self, params
     params = dict(params)
-    _, params['lm'] = Unified(**self._lm_fields(), parent=None).unscanned(params['lm'])
+    lm, params['lm'] = self.lm.unscanned(params['lm'])
     stacked = params.pop('cross')
-    for i in range(self.num_layers // self.cross_every):
+    for i in range(self.num_cross):
       params[f'cross_{i}'] = jax.tree.map(lambda x, i=i: x[i], stacked)
-    return self.clone(scan=False), params
+    return self.clone(lm=lm), params
 
-  def _shared(self) -> dict[str, Any]:
-    names = ('chunk', 'norm_eps', 'dtype', 'param_dtype')
-    return {name: getattr(self, name) for name in names}
-
-  def _lm_fields(self) -> dict[str, Any]:
-    names = {f.name for f in dataclasses.fields(Unified)} - {'parent', 'name', 'media'}
-    return {name: getattr(self, name) for name in names}
-
-  def _vision_fields(self) -> dict[str, Any]:
-    return dict(
-      channels=self.media[0][1],
-      embed_dim=self.vision_dim,
-      num_layers=self.vision_layers,
-      num_heads=self.vision_heads,
-      mlp_dim=self.vision_mlp_dim,
-      positions=self.vision_positions,
-      grid=self.vision_grid,
-      remat=self.remat,
-      **self._shared(),
+  def _cross_config(self) -> cross_attention.Config:
+    lm = self.lm
+    return cross_attention.Config(
+      embed_dim=lm.embed_dim,
+      media_dim=self.resampler.embed_dim,
+      num_heads=self.cross_heads or lm.num_heads,
+      head_dim=self.cross_head_dim or lm.head_dim,
+      mlp_dim=self.cross_mlp_dim or 4 * lm.embed_dim,
+      activation=self.cross_activation,
+      gated=self.cross_gated,
+      norm=self.cross_norm,
+      chunk=lm.chunk,
+      norm_eps=lm.norm_eps,
+      dtype=lm.dtype,
+      param_dtype=lm.param_dtype,
     )
-
-  def _cross_fields(self) -> tuple[cross_attention.Config, str, float]:
-    config = cross_attention.Config(
-      embed_dim=self.embed_dim,
-      media_dim=self.resampler_dim,
-      num_heads=self.cross_heads or self.num_heads,
-      head_dim=self.cross_head_dim or self.head_dim,
-      mlp_dim=self.cross_mlp_dim or 4 * self.embed_dim,
-      **self._shared(),
-    )
-    return config, self.gate, self.gate_init
 
   def _bank(self, batch: PackedBatch) -> Bank:
     """The bank of the model's kind; one of padding if the batch has none."""
@@ -245,7 +213,7 @@ class Flamingo(Unified):
       return batch.bank[kind]
     B = len(batch.stream.tokens)
     zeros = jnp.zeros((B, 1), jnp.int32)
-    values = jnp.zeros((B, 1, channels), self.dtype)
+    values = jnp.zeros((B, 1, channels), jnp.uint8)
     return Bank(values, zeros, jnp.zeros((B, 1, 3), jnp.int32), zeros, zeros)
 
   def _items(self, stream: Stream, bank: Bank, old: KeyTags | None = None) -> KeyTags:
@@ -261,8 +229,9 @@ class Flamingo(Unified):
   def _latents(self, bank: Bank, train: bool) -> jax.Array:
     """f[B, I * R, D of the resampler]."""
     features = self.vision(bank, train=train)
-    times = bank.positions[..., 0] if self.num_frames else None
-    return self.resampler(features, bank.items, bank.item_order.shape[1], times)
+    times = features.positions[..., 0] if self.resampler.num_frames else None
+    num_items = bank.item_order.shape[1]
+    return self.resampler(features.values, features.items, num_items, times)
 
   def _words(self, batch: PackedBatch) -> PackedBatch:
     """What the language model reads: text, and its word for an item."""
@@ -272,29 +241,35 @@ class Flamingo(Unified):
 
   def _parts(self, media: Any) -> Any:
     """(parameters, keys and values) for each cross-attention; see `Before.parts`."""
-    if self.scan:
+    if self.lm.scan:
       return self.cross.variables['params'], media
     media = media or (None,) * len(self.cross)
     return tuple((c.variables['params'], kv) for c, kv in zip(self.cross, media))
 
+  def _block(self) -> GatedCrossAttention:
+    return GatedCrossAttention(
+      self._cross_config(), self.gate, self.gate_init, parent=None
+    )
+
   def _keys(self, latents: jax.Array) -> KV | tuple[KV, ...]:
-    if not self.scan:
+    if not self.lm.scan:
       return tuple(cross.keys(latents) for cross in self.cross)
-    block = GatedCrossAttention(*self._cross_fields(), parent=None)
+    block = self._block()
     return jax.vmap(lambda p: block.apply({'params': p}, latents, method='keys'))(
       self.cross.variables['params']
     )
 
   def _before(self, stream, items, parts, latents=None) -> Before:
-    block = GatedCrossAttention(*self._cross_fields(), parent=None)
+    block = self._block()
     query_tags = look_at(stream.query_tags, items, self.latest)
-    key_tags = latent_tags(items, self.num_latents)
+    key_tags = latent_tags(items, self.resampler.num_latents)
 
     def run(part, x):
       params, kv = part
       media = latents if kv is None else kv
       return block.apply({'params': params}, x, media, query_tags, key_tags)
 
-    if self.remat != 'none':
-      run = jax.checkpoint(run, prevent_cse=not self.scan, policy=REMAT[self.remat])
+    if self.lm.remat != 'none':
+      policy = REMAT[self.lm.remat]
+      run = jax.checkpoint(run, prevent_cse=not self.lm.scan, policy=policy)
     return Before(self.cross_every, run, parts)

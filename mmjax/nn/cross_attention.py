@@ -1,10 +1,8 @@
 """Slots that look at other slots: what resampler, pooling and cross-attention share.
 
-  CrossAttention   queries from x f[B, T, D], keys and values from media f[B, S, C]
-  FeedForward      act(x up) down, without biases (Flamingo, 2204.14198, table 5)
-
-Keys and values can be made once and used again, as in decoding. Who sees whom
-stands in tags; there are no biases, so what sees nothing gets exactly 0.
+Queries come from x f[B, T, D], keys and values from media f[B, S, C]; those can be
+made once and used again, as in decoding. Who sees whom stands in tags; there are no
+biases, so what sees nothing gets exactly 0.
 """
 
 import dataclasses
@@ -12,7 +10,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from mmjax.batch import KeyTags, QueryTags
 from mmjax.names import closest
@@ -24,19 +21,14 @@ from mmjax.ops.linear import linear
 from mmjax.shape import check
 from mmjax.sharding import constrain, param
 
-ACTIVATIONS = {
-  **transformer.ACTIVATIONS,
-  'relu2': lambda x: jnp.square(jax.nn.relu(x)),  # Primer, 2109.08668
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Fields of a layer that looks at media.
+  """Fields of a layer that looks at media, and of the `transformer.Mlp` after it.
 
   embed_dim: D, of the slots that look; media_dim: C, of what they look at.
   num_heads, head_dim, mlp_dim: N, H, F.
-  activation: of the feed-forward; a key of `ACTIVATIONS`.
+  activation, gated, bias: of the MLP, see `transformer.ACTIVATIONS` and `BIAS`.
   norm: of the layers made of these, see `nn.transformer`.
   out_scale: variance scale of the kernels that write to the residual stream.
   chunk: see `ops.attention.attend`.
@@ -48,6 +40,8 @@ class Config:
   head_dim: int
   mlp_dim: int
   activation: str = 'relu2'
+  gated: bool = False
+  bias: str = 'none'
   norm: str = 'layer'
   out_scale: float = 1.0
   chunk: int = 512
@@ -56,12 +50,14 @@ class Config:
   param_dtype: Any = 'float32'
 
   def __post_init__(self):
-    if self.activation not in ACTIVATIONS:
-      hint = closest(self.activation, ACTIVATIONS)
-      raise ValueError(f'unknown activation {self.activation!r}{hint}')
-    if self.norm not in transformer.NORMS:
-      hint = closest(self.norm, transformer.NORMS)
-      raise ValueError(f'unknown norm {self.norm!r}{hint}')
+    for field, choices in (
+      ('activation', transformer.ACTIVATIONS),
+      ('norm', transformer.NORMS),
+      ('bias', transformer.BIAS),
+    ):
+      value = getattr(self, field)
+      if value not in choices:
+        raise ValueError(f'unknown {field} {value!r}{closest(value, choices)}')
 
   def make_norm(self, name: str | None = None) -> nn.Module:
     return transformer.NORMS[self.norm](self.norm_eps, self.param_dtype, name=name)
@@ -102,19 +98,3 @@ class CrossAttention(nn.Module):
     y = attend(q, kv.key, kv.value, query_tags, key_tags, chunk=self.config.chunk)
     y = constrain(y, 'batch', 'seq', 'act_heads', None)
     return linear(y, self.out, 2)
-
-
-class FeedForward(nn.Module):
-  """act(x up) down; f[B, T, D] -> f[B, T, D], without the residual."""
-
-  config: Config
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    c = self.config
-    D, F = c.embed_dim, c.mlp_dim
-    up = param(self, 'up', kernel_init(), (D, F), ('embed', 'mlp'), c.param_dtype)
-    init = kernel_init(c.out_scale)
-    down = param(self, 'down', init, (F, D), ('mlp', 'embed'), c.param_dtype)
-    hidden = constrain(linear(x, up), 'batch', 'seq', 'act_mlp')
-    return linear(ACTIVATIONS[c.activation](hidden), down)

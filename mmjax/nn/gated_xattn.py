@@ -1,7 +1,7 @@
 """Gated cross-attention: lets a (frozen) language model look at media.
 
   x = x + tanh(a) * CrossAttention(norm(x), latents)
-  x = x + tanh(b) * FeedForward(norm(x))         a = b = 0 at first: the identity
+  x = x + tanh(b) * Mlp(norm(x))                 a = b = 0 at first: the identity
 
 (Flamingo, 2204.14198, figure 4.) Which items a token may look at follows from the
 tags of the stream; of these it looks at the latest, or at all:
@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from mmjax.batch import KeyTags, QueryTags, visible
 from mmjax.names import closest
 from mmjax.nn.cache import KV
-from mmjax.nn.cross_attention import Config, CrossAttention, FeedForward
+from mmjax.nn.cross_attention import Config, CrossAttention
+from mmjax.nn.transformer import Mlp
 from mmjax.sharding import constrain, param
 
 GATES = {'tanh': jnp.tanh, 'sigmoid': jax.nn.sigmoid}
@@ -69,7 +70,7 @@ class GatedCrossAttention(nn.Module):
     self.attention_norm = c.make_norm()
     self.attention = CrossAttention(c)
     self.mlp_norm = c.make_norm()
-    self.mlp = FeedForward(c)
+    self.mlp = Mlp(c)
     init = nn.initializers.constant(self.gate_init)
     self.attention_gate = param(self, 'attention_gate', init, (), (), c.param_dtype)
     self.mlp_gate = param(self, 'mlp_gate', init, (), (), c.param_dtype)

@@ -7,19 +7,21 @@ own copy of R learned latents, which look at the item's tokens and at each other
   latents  a a b b . .          R = 2, I = 3 (the third item is absent)
 
   x = x + Attention(q = norm(x), kv = [norm(media); norm(x)])      x: latents
-  x = x + FeedForward(norm(x))
+  x = x + Mlp(norm(x))
 
 The item is the segment of both sides, so items packed in a row give what each
 would give alone. Shapes are static: [B, I * R, D], item after item.
 """
+
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mmjax.batch import KeyTags, QueryTags
-from mmjax.nn.cross_attention import Config, CrossAttention, FeedForward
-from mmjax.nn.transformer import REMAT, kernel_init
+from mmjax.nn.cross_attention import Config, CrossAttention
+from mmjax.nn.transformer import REMAT, Mlp, kernel_init
 from mmjax.ops.linear import linear
 from mmjax.shape import check
 from mmjax.sharding import constrain, param
@@ -39,7 +41,7 @@ class Layer(nn.Module):
     seen = jnp.concatenate([norm('media_norm')(media), y], 1)
     x = x + attention(y, attention.keys(seen), query_tags, key_tags)
     x = constrain(x, 'batch', 'seq', 'act_embed')
-    x = x + FeedForward(c, name='mlp')(norm('mlp_norm')(x))
+    x = x + Mlp(c, name='mlp')(norm('mlp_norm')(x))
     return constrain(x, 'batch', 'seq', 'act_embed'), None
 
 
@@ -47,18 +49,55 @@ class Resampler(nn.Module):
   """A bank of media tokens to R latents per item.
 
   Fields:
-    config: with media_dim = embed_dim = D.
-    num_layers, num_latents: L, R.
+    embed_dim, num_layers, num_heads, num_latents: D, L, N, R.
+    head_dim, mlp_dim: H, F; by default D / N and 4 D.
     num_frames: length of the table of time embeddings; 0 = none. Later frames take
       the last one.
+    activation, gated, norm: see `nn.cross_attention.Config`.
     remat: what a layer keeps for its backward pass, see `nn.transformer.REMAT`.
+    chunk, norm_eps, dtype, param_dtype: as everywhere.
   """
 
-  config: Config
+  embed_dim: int = 128
   num_layers: int = 6
+  num_heads: int = 4
+  head_dim: int | None = None
+  mlp_dim: int | None = None
   num_latents: int = 64
   num_frames: int = 0
+  activation: str = 'relu2'
+  gated: bool = False
+  norm: str = 'layer'
   remat: str = 'none'
+  chunk: int = 512
+  norm_eps: float = 1e-6
+  dtype: Any = 'float32'
+  param_dtype: Any = 'float32'
+
+  def config(self) -> Config:
+    """The layers' part of the fields.
+
+    Raises:
+      ValueError: an unknown choice, or a width that doesn't divide over the heads.
+    """
+    D, N = self.embed_dim, self.num_heads
+    if not self.head_dim and D % N:
+      raise ValueError(f'resampler: embed_dim={D} does not divide over num_heads={N}')
+    return Config(
+      embed_dim=D,
+      media_dim=D,
+      num_heads=N,
+      head_dim=self.head_dim or D // N,
+      mlp_dim=self.mlp_dim or 4 * D,
+      activation=self.activation,
+      gated=self.gated,
+      norm=self.norm,
+      out_scale=1 / (2 * self.num_layers),
+      chunk=self.chunk,
+      norm_eps=self.norm_eps,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+    )
 
   @nn.compact
   def __call__(
@@ -81,14 +120,11 @@ class Resampler(nn.Module):
       no meaning.
 
     Raises:
-      ValueError: shapes that don't fit, media_dim other than embed_dim, or times
-        missing.
+      ValueError: shapes that don't fit, or times missing; and see `config`.
     """
-    c, R = self.config, self.num_latents
+    c, R = self.config(), self.num_latents
     C = check('B P C', media, 'B P', items)['C']
     D, B = c.embed_dim, len(items)
-    if c.media_dim != D:
-      raise ValueError(f'resampler: media_dim={c.media_dim} is not embed_dim={D}')
     media = media.astype(c.dtype)
     if C != D:
       axes = (None, 'embed')

@@ -42,6 +42,8 @@ ACTIVATIONS = {
   'gelu': lambda x: jax.nn.gelu(x, approximate=False),
   'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
   'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),  # CLIP's
+  'relu': jax.nn.relu,
+  'relu2': lambda x: jnp.square(jax.nn.relu(x)),  # Primer, 2109.08668
 }
 # Which products have a bias: attention's inputs (Qwen2), or all of them.
 BIAS = ('none', 'qkv', 'all')
@@ -244,9 +246,12 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """act(x gate) * (x up) down, or act(x up) down; f[B, T, D] -> f[B, T, D]."""
+  """act(x gate) * (x up) down, or act(x up) down; f[B, T, D] -> f[B, T, D].
 
-  config: Config
+  Fields: config, or anything that has its fields for an MLP.
+  """
+
+  config: Any
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -296,12 +301,12 @@ class Block(nn.Module):
 
 
 class Before(NamedTuple):
-  """What is done to the stream before every k-th layer, by a pure function.
+  """What is done to the stream before layers 0, k, 2k, ..., by a pure function.
 
-  every: k, which divides the layers.
+  every: k.
   run:   (part, f[B, T, D]) -> f[B, T, D].
-  parts: what `run` gets, one part for each of the L / k times: a tree stacked
-    [L / k, ...] if the layers are scanned, else a tuple of trees.
+  parts: what `run` gets, one part for each of the ceil(L / k) times: a tree stacked
+    [ceil(L / k), ...] if the layers are scanned, else a tuple of trees.
   """
 
   every: int
@@ -375,9 +380,10 @@ class Transformer(nn.Module):
   def _in_groups(self, make, x, layers, rest, before, train):
     """A scan over groups of a scan over layers, on the same parameters [L, ...]."""
     L, k = self.config.num_layers, before.every
+    whole = L // k * k
 
     def split(x):
-      return x.reshape(L // k, k, *x.shape[1:])
+      return x[:whole].reshape(L // k, k, *x.shape[1:])
 
     def layer(x, xs):
       params, kv, key = xs
@@ -391,9 +397,15 @@ class Transformer(nn.Module):
     dropout = train and self.config.dropout > 0
     keys = jax.random.split(self.make_rng('dropout'), L) if dropout else None
     params = self.variables['params']['layers']
-    xs = (before.parts, jax.tree.map(split, (params, layers, keys)))
-    x, layers = jax.lax.scan(group, x, xs)
-    return x, jax.tree.map(lambda x: x.reshape(L, *x.shape[2:]), layers)
+    inner = (params, layers, keys)
+    first = jax.tree.map(lambda x: x[: L // k], before.parts)
+    x, done = jax.lax.scan(group, x, (first, jax.tree.map(split, inner)))
+    done = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), done)
+    if whole < L:  # a last group of fewer layers
+      last = jax.tree.map(lambda x: x[-1], before.parts)
+      x, rest_done = group(x, (last, jax.tree.map(lambda x: x[whole:], inner)))
+      done = jax.tree.map(lambda *parts: jnp.concatenate(parts), done, rest_done)
+    return x, done
 
 
 def unstack(params: dict, num_layers: int) -> dict:

@@ -18,10 +18,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmjax.batch import Bank, KeyTags, QueryTags
+from mmjax.batch import Bank, Item, KeyTags, QueryTags
 from mmjax.names import closest
 from mmjax.nn import cross_attention
 from mmjax.nn.embed import MediaProjection
+from mmjax.nn.features import Features
 from mmjax.nn.transformer import Config, Mlp, Transformer
 from mmjax.ops.grid import item_sizes, read_table, waves
 from mmjax.shape import check
@@ -32,17 +33,17 @@ POOLS = ('none', 'class', 'mean', 'map')
 
 
 class Vit(nn.Module):
-  """Patches to features, of every patch or of every item.
+  """Patches to features of every patch, and maybe of every item.
 
   Fields:
     channels: C, values of a patch.
     embed_dim, num_layers, num_heads, mlp_dim: D, L, N, F; head_dim is D / N.
-    positions: 'learned', a table of `grid` entries that is read in between for
+    positions: 'learned', a table of `position_grid` entries that is read in between for
       other sizes; 'sincos', fixed waves; 'rotary', half of each head turned by the
       row, half by the column (`rope_base`).
-    pool: 'none'; or one vector per item: 'class', a token that the patches (of the
-      first frame) and it see; 'mean'; 'map', a learned query that looks at all
-      patches, and an MLP (Zhai et al., 2106.04560, section 3.4).
+    pool: 'none'; or besides one vector per item: 'class', a token that the patches
+      (of the first frame) and it see; 'mean'; 'map', a learned query that looks at
+      all patches, and an MLP (Zhai et al., 2106.04560, section 3.4).
     activation, norm_eps, remat, scan, chunk, reach, dtype, param_dtype: see
       `nn.transformer`. `reach` may be the patches of the largest item, less 1, unless
       pool is 'class'.
@@ -54,7 +55,7 @@ class Vit(nn.Module):
   num_heads: int = 4
   mlp_dim: int = 512
   positions: str = 'learned'
-  grid: tuple[int, int] = (16, 16)
+  position_grid: tuple[int, int] = (16, 16)
   pool: str = 'none'
   activation: str = 'gelu'
   remat: str = 'none'
@@ -105,16 +106,25 @@ class Vit(nn.Module):
       param_dtype=self.param_dtype,
     )
 
+  @property
+  def width(self) -> int:
+    """D, of the tokens."""
+    return self.embed_dim
+
+  def grid(self, item: Item) -> tuple[int, int, int]:
+    """The grid of tokens of an item: its patches."""
+    return item.grid
+
   @nn.compact
-  def __call__(self, bank: Bank, *, train: bool = False) -> jax.Array:
+  def __call__(self, bank: Bank, *, train: bool = False) -> Features:
     """Encodes a bank.
 
     Args:
       bank: values u8 or f[B, P, C], I items per row.
 
     Returns:
-      f[B, P, D] without pooling, else f[B, I, D]; what is padding is finite, and
-      of no meaning.
+      Tokens f[B, P, D], one for each patch, and with pooling f[B, I, D]; what is
+      padding is finite, and of no meaning.
 
     Raises:
       ValueError: shapes or channels that don't fit, or fields; see `config`.
@@ -128,7 +138,7 @@ class Vit(nn.Module):
     x = embed(bank.values)
     items, positions = jnp.asarray(bank.items), jnp.asarray(bank.positions)
     if self.positions == 'learned':
-      shape, axes = (*self.grid, D), ('patch', None, 'embed')
+      shape, axes = (*self.position_grid, D), ('patch', None, 'embed')
       table = param(self, 'position', normal, shape, axes, self.param_dtype)
       spots = read_table(table, positions, item_sizes(positions, items, I))
       x = x + spots.astype(x.dtype)
@@ -149,15 +159,16 @@ class Vit(nn.Module):
     x, _ = Transformer(c, name='transformer')(
       x, positions, query_tags, key_tags, train=train
     )
+    pooled = None
     if self.pool == 'class':
-      return x[:, -I:]
-    if self.pool == 'mean':
+      x, pooled = x[:, :-I], x[:, -I:]
+    elif self.pool == 'mean':
       mine = (items[:, :, None] == each[:, None]).astype(jnp.float32)
       total = jnp.einsum('BPI,BPD->BID', mine, x.astype(jnp.float32))
-      return (total / jnp.maximum(jnp.sum(mine, 1)[..., None], 1)).astype(x.dtype)
-    if self.pool == 'map':
-      return MapHead(c, name='pool')(x, items, each)
-    return x
+      pooled = (total / jnp.maximum(jnp.sum(mine, 1)[..., None], 1)).astype(x.dtype)
+    elif self.pool == 'map':
+      pooled = MapHead(c, name='pool')(x, items, each)
+    return Features(x, items, jnp.asarray(bank.positions), pooled)
 
 
 class MapHead(nn.Module):

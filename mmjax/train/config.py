@@ -16,6 +16,7 @@ import pathlib
 import re
 import sys
 import traceback
+import typing
 from typing import Any
 
 from absl import flags
@@ -121,13 +122,22 @@ def resolve(given: ConfigDict, model: str | None = None) -> ConfigDict:
   config = defaults()
   _merge(config, given, '')
   cls = _models().get(model or config.model.name)
-  # vocab_size and media are what the data says; parent and name are Flax'.
-  theirs = ('vocab_size', 'media', 'parent', 'name')
-  for field in dataclasses.fields(cls) if cls else ():
-    if field.name not in config.model and field.name not in theirs:
-      empty = field.default is None
-      config.model[field.name] = OPTIONAL(object) if empty else field.default
+  if cls is not None:
+    _fill(config.model, cls, theirs=('vocab_size', 'media'))
   return config
+
+
+def _fill(section: ConfigDict, cls: type, theirs: tuple[str, ...]) -> None:
+  """The defaults of a module's fields, and of its parts'; not what the data says."""
+  from mmjax import models
+
+  types = typing.get_type_hints(cls)
+  for name, field in models.fields_of(cls).items():
+    if name in section and isinstance(section[name], ConfigDict):
+      part = models.part_of(types[name], section[name], f'config.model.{name}')
+      _fill(section[name], part, theirs=('vocab_size', 'channels', 'media'))
+    elif name not in (*section, *theirs) and field.default is not dataclasses.MISSING:
+      section[name] = OPTIONAL(object) if field.default is None else field.default
 
 
 def _merge(into: ConfigDict, given: Any, prefix: str) -> None:

@@ -20,12 +20,21 @@ WORDS = dict(
   vocab_size=40, embed_dim=16, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8,
   mlp_dim=24,
 )  # fmt: skip
-FIELDS = WORDS | dict(
-  media=[['image', 6]], marker=39, cross_every=2, cross_head_dim=4, num_latents=3,
-  resampler_dim=8, resampler_layers=2, resampler_heads=2, vision_dim=12,
-  vision_layers=2, vision_heads=2, vision_mlp_dim=16, vision_grid=[3, 3],
+FIELDS = dict(
+  lm=dict(name='unified', **WORDS),
+  vision=dict(
+    name='vit', embed_dim=12, num_layers=2, num_heads=2, mlp_dim=16, position_grid=[3, 3]
+  ),
+  resampler=dict(embed_dim=8, num_layers=2, num_heads=2, num_latents=3),
+  media=[['image', 6]], marker=39, cross_every=3, cross_head_dim=4,
 )  # fmt: skip
-MODEL, LM = models.build('flamingo', **FIELDS), models.build('unified', **WORDS)
+
+
+def build(lm=(), **fields):
+  return models.build('flamingo', **FIELDS | dict(lm=FIELDS['lm'] | dict(lm)) | fields)
+
+
+MODEL, LM = build(), models.build('unified', **WORDS)
 pack = functools.partial(pack, markers=True)
 
 
@@ -118,7 +127,7 @@ def test_a_token_changes_when_and_only_when_an_image_it_may_see_does(latest):
     [[image(), text(1), text(1, 1), image(1), text(1, 1), text(2, 2), text(1, 0)]],
   ]
   batch = pack(rows, T=12, I=4, P=10)
-  model = MODEL.clone(latest=latest, num_layers=1, cross_every=1)
+  model = build(dict(num_layers=1), latest=latest)
   made = jax.jit(model.init)(jax.random.key(0), batch)['params']
   made['cross'] = jax.tree.map(lambda x: x + 0.5, made['cross'])
   blind = jax.tree.map(jnp.zeros_like, made['lm']['transformer']['layers'])
@@ -155,7 +164,10 @@ def test_packing_differs_by_rounding_alone():
   """In float64 every entry agrees to 1e-12, sharp attention included: no leak."""
   a, b, c = documents()
   with float64():
-    model = MODEL.clone(dtype='float64', param_dtype='float64')
+    wide = dict(dtype='float64', param_dtype='float64')
+    model = build(
+      wide, vision=FIELDS['vision'] | wide, resampler=FIELDS['resampler'] | wide
+    )
     weights = widen(params())
     packed, apart = (
       loss_and_grads(weights, widen(pack(rows)), model)
@@ -185,7 +197,7 @@ def test_padding_changes_no_bit():
 def test_unscanned_and_rematted_equal_scanned():
   batch = pack([documents(), [], []])
   want = loss_and_grads(params(), batch)
-  assert_close(loss_and_grads(params(), batch, MODEL.clone(remat='full')), want, 1e-5)
+  assert_close(loss_and_grads(params(), batch, build(dict(remat='full'))), want, 1e-5)
   plain, flat = MODEL.unscanned(params())
   value, grads = loss_and_grads(flat, batch, plain)
   assert_close((value, grads), (want[0], MODEL.unscanned(want[1])[1]), 1e-5)
@@ -196,7 +208,7 @@ def test_unscanned_and_rematted_equal_scanned():
 @pytest.mark.slow
 def test_eight_devices_equal_one():
   batch = pack([documents(seed) for seed in range(8)])
-  model = MODEL.clone(tie_embeddings=False)
+  model = build(dict(tie_embeddings=False))
   init = functools.partial(model.init, jax.random.key(0))
   weights = jax.jit(init)(batch)['params']
   weights['cross'] = jax.tree.map(lambda x: x + 0.1, weights['cross'])
@@ -317,10 +329,13 @@ def test_flamingo_3b_has_its_published_sizes_where_the_paper_tells_them():
   Its language model (relative positions) and encoder (NFNet-F6) are others than here.
   """
   model = models.build(
-    'flamingo', vocab_size=32_000, embed_dim=2048, num_layers=24, num_heads=16,
-    num_kv_heads=16, head_dim=128, mlp_dim=8192, media=[['image', 768]],
-    resampler_dim=1536, resampler_heads=16, resampler_head_dim=128, vision_dim=1536,
-    vision_layers=1, vision_heads=16, vision_mlp_dim=6144,
+    'flamingo', vocab_size=32_000, media=[['image', 768]],
+    lm=dict(
+      name='unified', embed_dim=2048, num_layers=24, num_heads=16, num_kv_heads=16,
+      head_dim=128, mlp_dim=8192,
+    ),
+    vision=dict(name='vit', embed_dim=1536, num_layers=1, num_heads=16, mlp_dim=6144),
+    resampler=dict(embed_dim=1536, num_heads=16, head_dim=128),
   )  # fmt: skip
   batch = Budget(8, 4, {'image': BankBudget(4, 1, 768)}).empty(1)
   made = jax.eval_shape(model.init, jax.random.key(0), batch)['params']
@@ -339,13 +354,17 @@ def test_an_item_takes_one_slot():
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    (dict(media=()), 'looks at one kind of media, got \\(\\)'),
-    (dict(cross_every=3), 'cross_every=3 does not divide num_layers=4'),
+    (dict(media=[['image', 6], ['audio', 6]]), 'looks at one kind of media, got'),
+    (dict(cross_every=0), 'cross_every=0 must be at least 1'),
     (dict(marker=40), 'marker=40 is not in 0..39'),
     (dict(gate='tan'), "unknown gate 'tan'; did you mean 'tanh'"),
-    (dict(resampler_heads=3), 'resampler_dim=8 does not divide over resampler_heads=3'),
-    (dict(vision_heads=5), 'embed_dim=12 does not divide over num_heads=5'),
-    (dict(vision_positions='sin'), "unknown positions 'sin'; did you mean 'sincos'"),
+    (
+      dict(resampler=dict(embed_dim=8, num_heads=3)),
+      'embed_dim=8 does not divide over num_heads=3',
+    ),
+    (dict(vision=dict(name='vitt')), "vision: unknown name 'vitt'; did you mean 'vit'"),
+    (dict(vision=dict(name='vit', dim=3)), "vision has no field 'dim'"),
+    (dict(lm=dict(name='encoder')), "lm: unknown name 'encoder'"),
   ],
 )
 def test_refuses(change, message):

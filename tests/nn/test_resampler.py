@@ -7,11 +7,9 @@ import pytest
 from flax import nnx
 
 from mmjax import sharding
-from mmjax.nn.cross_attention import Config
 from mmjax.nn.resampler import Resampler
 
-CONFIG = Config(embed_dim=16, media_dim=16, num_heads=2, head_dim=8, mlp_dim=32)
-MODULE = Resampler(CONFIG, num_layers=2, num_latents=3, num_frames=4)
+MODULE = Resampler(16, 2, num_heads=2, mlp_dim=32, num_latents=3, num_frames=4)
 B, P, C, I, R = 2, 12, 10, 3, 3
 
 
@@ -153,10 +151,10 @@ def test_refuses():
     MODULE.init(jax.random.key(0), media, items, I)
   with pytest.raises(ValueError, match='axis P is 12 and 11'):
     MODULE.init(jax.random.key(0), media, items[:, 1:], I)
-  with pytest.raises(ValueError, match="activation 'relu3'; did you mean 'relu2'"):
-    Config(16, 16, 2, 8, 32, activation='relu3')
-  with pytest.raises(ValueError, match="norm 'lay'; did you mean 'layer'"):
-    Config(16, 16, 2, 8, 32, norm='lay')
-  wide = Resampler(Config(16, 8, 2, 8, 32))
-  with pytest.raises(ValueError, match='media_dim=8 is not embed_dim=16'):
-    wide.init(jax.random.key(0), media, items, I)
+  for change, message in (
+    (dict(activation='relu3'), "activation 'relu3'; did you mean 'relu'"),
+    (dict(norm='lay'), "norm 'lay'; did you mean 'layer'"),
+    (dict(num_heads=5), 'embed_dim=16 does not divide over num_heads=5'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      MODULE.clone(**change).config()
