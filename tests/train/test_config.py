@@ -6,6 +6,7 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict
 
+from mmjax import models
 from mmjax.data.media import ImageRule
 from mmjax.train import config as lib
 
@@ -216,15 +217,15 @@ def test_parts_of_a_model_are_sections_with_defaults(tmp_path):
       )
     )
   )  # fmt: skip
-  made = config.resolve(given)
+  made = lib.resolve(given)
   assert made.model.lm.num_layers == 2 and made.model.lm.mlp_dim == 384
   assert made.model.vision.pool == 'none' and 'channels' not in made.model.vision
   assert made.model.resampler.num_layers == 6
-  assert config.from_json(config.to_json(made)) == made
+  assert lib.from_json(lib.to_json(made)) == made
   model = models.build(
     **made.model.to_dict(), vocab_size=9, media=[['image', 12]], shared=dict(chunk=7)
   )
   assert model.vision.channels == 12 and model.lm.vocab_size == 9
   given.model.vision.name = 'vitt'
   with pytest.raises(ValueError, match="vision: unknown name 'vitt'; did you mean 'vit'"):
-    config.resolve(given)
+    lib.resolve(given)
