@@ -147,6 +147,8 @@ def _merge(into: ConfigDict, given: Any, prefix: str) -> None:
     if key not in into:
       if not any(section == p or section.startswith(p + '.') for p in _OPEN):
         raise ValueError(f'unknown config key {path!r}{near_key(path, defaults())}')
+      if isinstance(value, ConfigDict):
+        value = value.copy_and_resolve_references()
       into[key] = OPTIONAL(object) if value is None else value
       continue
     old = into[key]
