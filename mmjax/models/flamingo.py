@@ -15,7 +15,6 @@ Trained as in the paper, vision and language stay what they are:
   config.optim.freeze = FROZEN
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -23,12 +22,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmjax.batch import FOREVER, PLACEHOLDER, Bank, Item, KeyTags, PackedBatch, Stream
+from mmjax.batch import Bank, Item, KeyTags, PackedBatch
 from mmjax.models.unified import Unified
 from mmjax.names import closest
 from mmjax.nn import cross_attention
 from mmjax.nn.cache import KV, Cache
 from mmjax.nn.gated_xattn import GATES, GatedCrossAttention, latent_tags, look_at
+from mmjax.nn.markers import bank_of, item_tags, words
 from mmjax.nn.resampler import Resampler
 from mmjax.nn.transformer import REMAT, Before
 
@@ -124,8 +124,8 @@ class Flamingo(nn.Module):
     Raises:
       ValueError: media that are not the model's.
     """
-    bank = self._bank(batch)
-    items = self._items(batch.stream, bank)
+    bank = bank_of(batch, self.media)
+    items = item_tags(batch.stream, bank, self.media[0][0])
     latents = self._latents(bank, train)
     if self.is_initializing():
       query_tags = look_at(batch.stream.query_tags, items, self.latest)
@@ -133,10 +133,10 @@ class Flamingo(nn.Module):
       x = jnp.zeros((*batch.stream.tokens.shape, self.lm.embed_dim), self.lm.dtype)
       for cross in [self.cross] if self.lm.scan else self.cross:
         cross(x, *args)
-      return self.lm(self._words(batch), train=train)
+      return self.lm(words(batch, self.marker), train=train)
     parts = self._parts(None)
     before = self._before(batch.stream, items, parts, latents)
-    return self.lm(self._words(batch), train=train, before=before)
+    return self.lm(words(batch, self.marker), train=train, before=before)
 
   def extend(
     self, batch: PackedBatch, cache: MediaCache, slot: jax.Array | int
@@ -151,11 +151,11 @@ class Flamingo(nn.Module):
     """
     media, items = cache.media, cache.items
     if media is None or batch.bank:
-      bank = self._bank(batch)
-      items = self._items(batch.stream, bank, items)
+      bank = bank_of(batch, self.media)
+      items = item_tags(batch.stream, bank, self.media[0][0], items)
       media = self._keys(self._latents(bank, False))
     before = self._before(batch.stream, items, self._parts(media))
-    hidden, text = self.lm.extend(self._words(batch), cache.text, slot, before)
+    hidden, text = self.lm.extend(words(batch, self.marker), cache.text, slot, before)
     return hidden, MediaCache(text, media, items)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
@@ -203,41 +203,12 @@ class Flamingo(nn.Module):
       param_dtype=lm.param_dtype,
     )
 
-  def _bank(self, batch: PackedBatch) -> Bank:
-    """The bank of the model's kind; one of padding if the batch has none."""
-    [(kind, channels)] = self.media
-    for other in batch.bank:
-      if other != kind:
-        raise ValueError(f'batch has media {other!r}, the model looks at {kind!r}')
-    if kind in batch.bank:
-      return batch.bank[kind]
-    B = len(batch.stream.tokens)
-    zeros = jnp.zeros((B, 1), jnp.int32)
-    values = jnp.zeros((B, 1, channels), jnp.uint8)
-    return Bank(values, zeros, jnp.zeros((B, 1, 3), jnp.int32), zeros, zeros)
-
-  def _items(self, stream: Stream, bank: Bank, old: KeyTags | None = None) -> KeyTags:
-    """Tags of the items; `until` is that of the marker, as far as markers were seen."""
-    B, I = bank.item_order.shape
-    until = jnp.full((B, I), FOREVER, jnp.int32) if old is None else old.until
-    here = stream.tokens == PLACEHOLDER[self.media[0][0]]
-    place = jnp.where(here, stream.source, I)  # I is outside, and dropped
-    rows = jnp.broadcast_to(jnp.arange(B)[:, None], place.shape)
-    until = until.at[rows, place].set(stream.until, mode='drop')
-    return KeyTags(jnp.asarray(bank.item_segments), jnp.asarray(bank.item_order), until)
-
   def _latents(self, bank: Bank, train: bool) -> jax.Array:
     """f[B, I * R, D of the resampler]."""
     features = self.vision(bank, train=train)
     times = features.positions[..., 0] if self.resampler.num_frames else None
     num_items = bank.item_order.shape[1]
     return self.resampler(features.values, features.items, num_items, times)
-
-  def _words(self, batch: PackedBatch) -> PackedBatch:
-    """What the language model reads: text, and its word for an item."""
-    s = batch.stream
-    tokens = jnp.where(s.tokens < 0, self.marker, s.tokens)
-    return PackedBatch(dataclasses.replace(s, tokens=tokens), {})
 
   def _parts(self, media: Any) -> Any:
     """(parameters, keys and values) for each cross-attention; see `Before.parts`."""

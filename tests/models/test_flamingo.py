@@ -7,13 +7,20 @@ import numpy as np
 import pytest
 from documents import length, pack, random_document
 from flax import nnx
+from fusions import (
+  assert_close,
+  cached_equals_full,
+  eight_devices_equal_one,
+  logits,
+  loss_and_grads,
+  loss_fn,
+)
 from wide import float64, largest_error, widen
 
 from mmjax import models, sharding
 from mmjax.batch import BankBudget, Budget, Item, PackedBatch
 from mmjax.generate import make_generate
 from mmjax.models.flamingo import FROZEN
-from mmjax.ops.losses import next_token_loss
 from mmjax.train import optim, state, step
 
 WORDS = dict(
@@ -48,43 +55,6 @@ def params(gate=0.7):
   return made
 
 
-@functools.partial(jax.jit, static_argnames='model')
-def logits(params, batch, model=MODEL):
-  hidden = model.apply({'params': params}, batch)
-  return model.apply({'params': params}, hidden, method='logits')
-
-
-def loss_fn(model, params, batch):
-  hidden = model.apply({'params': params}, batch)
-
-  def unembed(h):
-    return model.apply({'params': params}, h, method='logits')
-
-  return next_token_loss(hidden, unembed, batch.stream, 24)[:2]
-
-
-@functools.partial(jax.jit, static_argnames='model')
-def loss_and_grads(params, batch, model=MODEL):
-  value, pull = jax.vjp(lambda p: loss_fn(model, p, batch), params)
-  return value, pull((jnp.ones(()), jnp.zeros(())))[0]
-
-
-def assert_close(got, want, rtol):
-  """|got - want| <= rtol |want| in the Euclidean norm of each leaf.
-
-  A key's bias moves all logits of a query alike: its gradient is 0 but for rounding.
-  """
-  pairs = zip(
-    jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
-  )
-  for (path, g), w in pairs:
-    norm = np.linalg.norm(np.ravel(w))
-    if 'key_bias' in jax.tree_util.keystr(path):
-      norm = 1.0
-    error = np.linalg.norm(np.ravel(g - w)) / norm
-    assert error <= rtol, f'{error:.2e} for {jax.tree_util.keystr(path)}'
-
-
 def documents(seed=0):
   rng = np.random.default_rng(seed)
   made = [random_document(rng, spans, vocab=39) for spans in ('tit', 'ititt', 'tt')]
@@ -102,13 +72,13 @@ def test_gate_at_zero_is_the_language_model_bit_by_bit():
   made = jax.jit(MODEL.init)(jax.random.key(0), pack([[]]))['params']
   batch = pack([documents(), documents(1)])
   want = logits(made['lm'], words(batch), LM)
-  np.testing.assert_array_equal(logits(made, batch), want)
+  np.testing.assert_array_equal(logits(made, batch, MODEL), want)
   plain, flat = MODEL.unscanned(made)
   alone, lm = LM.unscanned(made['lm'])
   np.testing.assert_array_equal(
     logits(flat, batch, plain), logits(lm, words(batch), alone)
   )
-  assert np.abs(logits(params(), batch) - want).max() > 0.1
+  assert np.abs(logits(params(), batch, MODEL) - want).max() > 0.1
 
 
 @pytest.mark.parametrize('latest', [True, False])
@@ -153,8 +123,8 @@ def test_packed_equals_unpacked():
   a, b, c = documents()
   # As initialised, as in the same test of `Unified`; the gates stay open.
   made = jax.tree.map(lambda x: x / 1.5, params())
-  packed = loss_and_grads(made, pack([[a, b, c], [], []]))
-  apart = loss_and_grads(made, pack([[a], [b], [c]]))
+  packed = loss_and_grads(made, pack([[a, b, c], [], []]), MODEL)
+  apart = loss_and_grads(made, pack([[a], [b], [c]]), MODEL)
   assert float(packed[0][1]) >= 9
   assert_close(packed, apart, 1e-5)
 
@@ -188,15 +158,15 @@ def test_padding_changes_no_bit():
   wild.bank['image'].values[wild.bank['image'].items == 0] = 255
   jax.tree.map(
     np.testing.assert_array_equal,
-    loss_and_grads(params(), wild),
-    loss_and_grads(params(), batch),
+    loss_and_grads(params(), wild, MODEL),
+    loss_and_grads(params(), batch, MODEL),
   )
 
 
 @pytest.mark.slow
 def test_unscanned_and_rematted_equal_scanned():
   batch = pack([documents(), [], []])
-  want = loss_and_grads(params(), batch)
+  want = loss_and_grads(params(), batch, MODEL)
   assert_close(loss_and_grads(params(), batch, build(dict(remat='full'))), want, 1e-5)
   plain, flat = MODEL.unscanned(params())
   value, grads = loss_and_grads(flat, batch, plain)
@@ -209,59 +179,20 @@ def test_unscanned_and_rematted_equal_scanned():
 def test_eight_devices_equal_one():
   batch = pack([documents(seed) for seed in range(8)])
   model = build(dict(tie_embeddings=False))
-  init = functools.partial(model.init, jax.random.key(0))
-  weights = jax.jit(init)(batch)['params']
+  weights = jax.jit(model.init)(jax.random.key(0), batch)['params']
   weights['cross'] = jax.tree.map(lambda x: x + 0.1, weights['cross'])
-  want = loss_and_grads(weights, batch, model)
-  mesh, rules = (
-    sharding.make_mesh({'fsdp': 4, 'tensor': 2}),
-    sharding.RULES['fsdp+tensor'],
-  )
-  names = sharding.axis_names(init, batch)['params']
-  with sharding.use(mesh, rules):
-    where = sharding.shardings(names, weights, mesh, rules)
-    weights = jax.device_put(weights, where)
-    batch = jax.device_put(batch, sharding.batch_shardings(batch, mesh, rules))
-    f = jax.jit(lambda p, b: loss_and_grads.__wrapped__(p, b, model))
-    got = f(weights, batch)
-  assert_close(got, want, 1e-5)
+  weights = eight_devices_equal_one(model, weights, batch)
   up = weights['cross']['mlp']['up']
   assert up.sharding.shard_shape(up.shape) == (2, 4, 32)
-
-
-@functools.partial(jax.jit, static_argnames='model')
-def extend(params, batch, cache, slot, model):
-  variables = {'params': params}
-  hidden, cache = model.apply(variables, batch, cache, slot, method='extend')
-  return model.apply(variables, hidden, method='logits'), cache
 
 
 @pytest.mark.parametrize('scan', [True, False])
 @pytest.mark.parametrize('latest', [True, False])
 def test_cached_logits_equal_the_full_forward(scan, latest):
-  """Span by span, padded to one width; the bank comes with the first piece only."""
-  rng = np.random.default_rng(3)
-  text = lambda n, *b: ('text', rng.integers(1, 39, n), True, *b)  # noqa: E731
-  image = lambda *b: ('image', rng.integers(0, 99, (2, 2, 6)), False, *b)  # noqa: E731
-  document = [text(2), image(), text(3), image(), text(1, 0), text(2, 1), image(1)]
-  document += [text(1, 1), text(2, 2), text(1, 0)]
-  batch = pack([[document]])
   model, weights = MODEL.clone(latest=latest), params()
-  want = logits(weights, batch, model)[0]
   if not scan:
     model, weights = model.unscanned(weights)
-  width, t = 4, 0
-  cache = model.empty_cache(1, width * len(document))
-  for i, span in enumerate(document):
-    n, piece = length([span], True), pack([[]], T=width)
-    for name, x in vars(piece.stream).items():
-      x[0, :n] = getattr(batch.stream, name)[0, t : t + n]
-    # The bank again where an image's marker comes, as its `until` comes with it.
-    bank = batch.bank if span[0] == 'image' or i == 0 else {}
-    piece = PackedBatch(piece.stream, bank)
-    got, cache = extend(weights, piece, cache, jnp.int32(i * width), model)
-    np.testing.assert_allclose(got[0, :n], want[t : t + n], rtol=0, atol=2e-5)
-    t += n
+  cached_equals_full(model, weights)
 
 
 def test_greedy_equals_argmax_of_repeated_forwards():
@@ -269,7 +200,7 @@ def test_greedy_equals_argmax_of_repeated_forwards():
   rows = [[random_document(rng, spans, vocab=39)] for spans in ('tit', 't', 'titi')]
   got = make_generate(MODEL, 4, -7)(params(), pack(rows, T=20))
   for i in range(4):
-    out = logits(params(), pack(rows))
+    out = logits(params(), pack(rows), MODEL)
     for b, [d] in enumerate(rows):
       token = np.argmax(out[b, length(d, True) - 1])
       assert got[b, i] == token
@@ -278,8 +209,8 @@ def test_greedy_equals_argmax_of_repeated_forwards():
 
 def test_text_alone_needs_no_bank():
   batch = pack([[documents()[2]]])
-  want = logits(params(), batch)
-  got = logits(params(), PackedBatch(batch.stream, {}))
+  want = logits(params(), batch, MODEL)
+  got = logits(params(), PackedBatch(batch.stream, {}), MODEL)
   np.testing.assert_allclose(got, want, atol=1e-5)
 
 

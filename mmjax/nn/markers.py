@@ -1,0 +1,62 @@
+"""Media that take one slot of the stream, a marker: who sees which item.
+
+  stream       i  a  b  i  c | d  i  e      two documents, i = a marker
+  item_order   0        3         1
+  until        ~        ~         ~         of the marker: items in branches end there
+
+The language model reads a word of its own at the markers, and looks at what an
+encoder made of the items apart from the stream (Flamingo, late fusion).
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from mmjax.batch import FOREVER, PLACEHOLDER, Bank, KeyTags, PackedBatch, Stream
+
+Media = tuple[tuple[str, int], ...]
+
+
+def bank_of(batch: PackedBatch, media: Media) -> Bank:
+  """The bank of the model's one kind of media; one of padding if the batch has none.
+
+  Args:
+    media: ((kind, channels),)
+
+  Raises:
+    ValueError: the batch has another kind.
+  """
+  [(kind, channels)] = media
+  for other in batch.bank:
+    if other != kind:
+      raise ValueError(f'batch has media {other!r}, the model looks at {kind!r}')
+  if kind in batch.bank:
+    return batch.bank[kind]
+  B = len(batch.stream.tokens)
+  zeros = jnp.zeros((B, 1), jnp.int32)
+  values = jnp.zeros((B, 1, channels), jnp.uint8)
+  return Bank(values, zeros, jnp.zeros((B, 1, 3), jnp.int32), zeros, zeros)
+
+
+def item_tags(
+  stream: Stream, bank: Bank, kind: str, old: KeyTags | None = None
+) -> KeyTags:
+  """Tags of the items, i32[B, I]; `until` is the marker's, as far as they were seen.
+
+  Args:
+    old: the tags so far, if this is not the first piece of the stream.
+  """
+  B, I = bank.item_order.shape
+  until = jnp.full((B, I), FOREVER, jnp.int32) if old is None else old.until
+  here = stream.tokens == PLACEHOLDER[kind]
+  place = jnp.where(here, stream.source, I)  # I is outside, and dropped
+  rows = jnp.broadcast_to(jnp.arange(B)[:, None], place.shape)
+  until = until.at[rows, place].set(stream.until, mode='drop')
+  return KeyTags(jnp.asarray(bank.item_segments), jnp.asarray(bank.item_order), until)
+
+
+def words(batch: PackedBatch, marker: int) -> PackedBatch:
+  """What the language model reads: text, and its word for an item."""
+  s = batch.stream
+  tokens = jnp.where(s.tokens < 0, marker, s.tokens)
+  return PackedBatch(dataclasses.replace(s, tokens=tokens), {})

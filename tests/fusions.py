@@ -1,0 +1,99 @@
+"""What holds for every fusion, as checks that a model's tests call.
+
+Models take `PackedBatch` and give hidden, with methods `logits`, `extend`, `empty_cache`
+and `unscanned`. Programs are compiled once for a model and kept.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from documents import length, pack
+
+from mmjax import sharding
+from mmjax.batch import PackedBatch
+from mmjax.ops.losses import next_token_loss
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def logits(params, batch, model):
+  hidden = model.apply({'params': params}, batch)
+  return model.apply({'params': params}, hidden, method='logits')
+
+
+def loss_fn(model, params, batch):
+  """(sum of losses, weight) over at most 24 trained slots a row."""
+  hidden = model.apply({'params': params}, batch)
+
+  def unembed(h):
+    return model.apply({'params': params}, h, method='logits')
+
+  return next_token_loss(hidden, unembed, batch.stream, 24)[:2]
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def loss_and_grads(params, batch, model):
+  value, pull = jax.vjp(lambda p: loss_fn(model, p, batch), params)
+  return value, pull((jnp.ones(()), jnp.zeros(())))[0]
+
+
+def assert_close(got, want, rtol):
+  """|got - want| <= rtol |want| in the Euclidean norm of each leaf.
+
+  A key's bias moves all logits of a query alike: its gradient is 0 but for rounding.
+  """
+  pairs = zip(
+    jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+  )
+  for (path, g), w in pairs:
+    norm = np.linalg.norm(np.ravel(w))
+    if 'key_bias' in jax.tree_util.keystr(path):
+      norm = 1.0
+    error = np.linalg.norm(np.ravel(g - w)) / norm
+    assert error <= rtol, f'{error:.2e} for {jax.tree_util.keystr(path)}'
+
+
+def eight_devices_equal_one(model, weights, batch, rtol=1e-5):
+  """Loss and gradients on fsdp 4 x tensor 2; returns the placed parameters."""
+  want = loss_and_grads(weights, batch, model)
+  mesh = sharding.make_mesh({'fsdp': 4, 'tensor': 2})
+  rules = sharding.RULES['fsdp+tensor']
+  names = sharding.axis_names(model.init, jax.random.key(0), batch)['params']
+  with sharding.use(mesh, rules):
+    where = sharding.shardings(names, weights, mesh, rules)
+    weights = jax.device_put(weights, where)
+    batch = jax.device_put(batch, sharding.batch_shardings(batch, mesh, rules))
+    got = jax.jit(lambda p, b: loss_and_grads.__wrapped__(p, b, model))(weights, batch)
+  assert_close(got, want, rtol)
+  return weights
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def extend(params, batch, cache, slot, model):
+  variables = {'params': params}
+  hidden, cache = model.apply(variables, batch, cache, slot, method='extend')
+  return model.apply(variables, hidden, method='logits'), cache
+
+
+def cached_equals_full(model, weights, atol=2e-5):
+  """Span by span, padded to one width; the bank comes where a marker does."""
+  rng = np.random.default_rng(3)
+  text = lambda n, *b: ('text', rng.integers(1, 39, n), True, *b)  # noqa: E731
+  image = lambda *b: ('image', rng.integers(0, 99, (2, 2, 6)), False, *b)  # noqa: E731
+  document = [text(2), image(), text(3), image(), text(1, 0), text(2, 1), image(1)]
+  document += [text(1, 1), text(2, 2), text(1, 0)]
+  batch = pack([[document]], markers=True)
+  want = logits(weights, batch, model)[0]
+  width, t = 4, 0
+  cache = model.empty_cache(1, width * len(document))
+  for i, span in enumerate(document):
+    n, piece = length([span], True), pack([[]], T=width)
+    for name, x in vars(piece.stream).items():
+      x[0, :n] = getattr(batch.stream, name)[0, t : t + n]
+    # The bank again where an image's marker comes, as its `until` comes with it.
+    bank = batch.bank if span[0] == 'image' or i == 0 else {}
+    piece = PackedBatch(piece.stream, bank)
+    got, cache = extend(weights, piece, cache, jnp.int32(i * width), model)
+    np.testing.assert_allclose(got[0, :n], want[t : t + n], rtol=0, atol=atol)
+    t += n
