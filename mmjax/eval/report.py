@@ -46,8 +46,8 @@ def write(workdir: str | os.PathLike, step: int, results: Mapping[str, Any]) -> 
     },
   }
   paths = {'json': folder / f'{step}.json', 'html': folder / f'{step}.html'}
-  _replace(paths['json'], json.dumps(content, indent=1, ensure_ascii=False) + '\n')
-  _replace(paths['html'], page(step, results))
+  replace(paths['json'], json.dumps(content, indent=1, ensure_ascii=False) + '\n')
+  replace(paths['html'], page(step, results))
   return paths
 
 
@@ -118,22 +118,27 @@ def verdict(predictions: Sequence[Mapping[str, Any]]) -> tuple[bool, str]:
 
 def page(step: int, results: Mapping[str, Any]) -> str:
   """The page of `results` as a string of HTML."""
+  pictures = _Pictures(_BYTES)
+  sections = [
+    _section(name, result, pictures) for name, result in sorted(results.items())
+  ]
+  template = environment().get_template('report.html.j2')
+  return template.render(step=step, sections=sections, pictures=pictures.rules)
+
+
+def environment() -> Any:
+  """jinja2 with the templates of this room; everything is escaped."""
   import jinja2
 
-  environment = jinja2.Environment(
+  made = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
   )
-  environment.filters['percent'] = lambda x: '–' if _nan(x) else f'{100 * x:.1f}\u00a0%'
-  pictures = _Pictures(_BYTES)
-  sections = [
-    _section(name, result, pictures) for name, result in sorted(results.items())
-  ]
-  template = environment.get_template('report.html.j2')
-  return template.render(step=step, sections=sections, pictures=pictures.rules)
+  made.filters['percent'] = lambda x: '–' if _nan(x) else f'{100 * x:.1f}\u00a0%'
+  return made
 
 
 def _section(name: str, result: Any, pictures: '_Pictures') -> dict[str, Any]:
@@ -253,7 +258,7 @@ def _png(image: np.ndarray) -> dict[str, Any]:
   return {'data': data, 'width': width, 'height': height}
 
 
-def _replace(path: pathlib.Path, text: str) -> None:
+def replace(path: pathlib.Path, text: str) -> None:
   """Writes next to the file, then moves: a reader never sees half of it."""
   temporary = path.with_name(f'.{path.name}.{os.getpid()}')
   try:

@@ -12,14 +12,6 @@ from mmjax.sharding import param
 from mmjax.train import build, config, optim, state, step
 
 
-@pytest.fixture(autouse=True)
-def _quick_compiles():
-  """Programs run for milliseconds here; to optimise them takes seconds."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 @pytest.fixture
 def tiny():
   """tiny(section={...}) -> a resolved config of a model that trains in no time."""
