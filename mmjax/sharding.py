@@ -37,7 +37,7 @@ Rules = Mapping[str, MeshAxes]
 
 _PARAM_AXES = (
   'embed', 'mlp', 'heads', 'kv_heads', 'head_dim', 'layers', 'vocab', 'experts',
-  'latents', 'patch',
+  'latents', 'patch', 'channels',
 )  # fmt: skip
 _ACT_AXES = (
   'batch', 'seq', 'kv_seq', 'act_embed', 'act_mlp', 'act_heads', 'act_kv_heads',
@@ -48,7 +48,7 @@ _DP = {
   'batch': _ROWS,
   'seq': 'context',
 }
-_FSDP = {**_DP, 'embed': 'fsdp'}
+_FSDP = {**_DP, 'embed': 'fsdp', 'channels': 'fsdp'}
 _TENSOR = {
   **dict.fromkeys(('heads', 'kv_heads', 'mlp', 'vocab'), 'tensor'),
   **dict.fromkeys(('act_heads', 'act_kv_heads', 'act_mlp', 'act_vocab'), 'tensor'),
