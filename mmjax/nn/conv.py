@@ -1,6 +1,6 @@
 """What the convolutional encoders share: from the bank to a grid, and back to tokens.
 
-  bank [B, P, C] -> pictures [B*I, H, W, 3] -> grid [B*I, h, w, D] -> Features [B, I*h*w, D]
+  bank [B, P, C] -> pictures [B*I, H, W, 3] -> grid [B*I, h, w, D] -> [B, I*h*w, D]
 
 A convolution can't leave out what is padding, so all pictures of one encoder have one
 size, the field `image_grid`, and the cells of picture i stand at (i - 1) * h * w.
