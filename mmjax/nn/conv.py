@@ -21,6 +21,7 @@ from mmjax.names import closest
 from mmjax.nn.features import Features
 from mmjax.nn.transformer import REMAT
 from mmjax.ops import conv as ops
+from mmjax.ops.linear import linear
 from mmjax.shape import check
 from mmjax.sharding import constrain, param
 
@@ -84,22 +85,48 @@ class Norm(nn.Module):
     return ops.affine(x, scale, bias, mean, var, self.eps)
 
 
-class Dense(nn.Module):
-  """A product with a bias, f[..., D] -> f[..., E], in float32: heads and gates."""
+class ConvNorm(nn.Module):
+  """A convolution and a norm; fields as of the two, `norm` is the kind."""
 
   channels: int
+  window: int = 1
+  stride: int = 1
+  padding: ops.Padding = 'same'
+  groups: int = 1
+  norm: str = 'frozen'
+  norm_groups: int = 32
+  eps: float = 1e-5
   axis: str | None = 'channels'
   param_dtype: Any = 'float32'
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    shape, axes = (x.shape[-1], self.channels), (None, self.axis)
-    init = nn.initializers.lecun_normal()
+    x = Conv(
+      self.channels, self.window, self.stride, self.padding, self.groups, self.axis,
+      self.param_dtype, name='conv',
+    )(x)  # fmt: skip
+    return Norm(
+      self.norm, self.eps, self.norm_groups, self.axis, self.param_dtype, name='norm'
+    )(x)
+
+
+class Dense(nn.Module):
+  """A product with a bias, f[..., D] -> f32[..., E]: heads and gates.
+
+  Fields: E; names of the kernel's axes; storage.
+  """
+
+  channels: int
+  axes: tuple[str | None, str | None] = (None, 'channels')
+  param_dtype: Any = 'float32'
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    shape, axes = (x.shape[-1], self.channels), self.axes
+    init, zeros = nn.initializers.lecun_normal(), nn.initializers.zeros
     kernel = param(self, 'kernel', init, shape, axes, self.param_dtype)
-    bias = param(
-      self, 'bias', nn.initializers.zeros, shape[1:], axes[1:], self.param_dtype
-    )
-    y = jnp.tensordot(x.astype(jnp.float32), kernel.astype(jnp.float32), 1)
+    bias = param(self, 'bias', zeros, shape[1:], axes[1:], self.param_dtype)
+    y = linear(x.astype(jnp.float32), kernel)
     return y + bias.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
@@ -129,6 +156,7 @@ class Encoder(nn.Module):
     image_grid: rows and columns of a picture, in patches.
     mean, std: by colour; bytes become (x - mean) / std, other values stay as they are.
     pool: 'none', or 'mean' over the grid: one vector per item besides the tokens.
+    num_classes: > 0 gives the head of a classifier, see `logits`.
     remat: what a block keeps for its backward pass, see `nn.transformer.REMAT`.
     dtype, param_dtype: of compute, of storage.
   """
@@ -138,9 +166,14 @@ class Encoder(nn.Module):
   mean: tuple[float, float, float] = (127.5, 127.5, 127.5)
   std: tuple[float, float, float] = (127.5, 127.5, 127.5)
   pool: str = 'none'
+  num_classes: int = 0
   remat: str = 'none'
   dtype: Any = 'float32'
   param_dtype: Any = 'float32'
+
+  def setup(self):
+    if self.num_classes:
+      self.head = Dense(self.num_classes, ('channels', None), self.param_dtype)
 
   @property
   def image_size(self) -> tuple[int, int]:
@@ -195,4 +228,16 @@ class Encoder(nn.Module):
     if self.pool == 'mean':
       pooled = jnp.mean(x, (1, 2), dtype=jnp.float32).astype(x.dtype).reshape(B, I, D)
     tokens = constrain(x.reshape(B, I * h * w, D), 'batch', 'seq', 'act_embed')
+    if self.is_initializing() and self.num_classes:
+      self.head(tokens)  # so that its parameters exist
     return Features(tokens, owner, where, pooled)
+
+  def logits(self, pooled: jax.Array) -> jax.Array:
+    """The classes of what was pooled, f[..., width] -> f32[..., num_classes].
+
+    Raises:
+      ValueError: the model has no head.
+    """
+    if not self.num_classes:
+      raise ValueError(f'{type(self).__name__}: num_classes=0, so there is no head')
+    return self.head(pooled)

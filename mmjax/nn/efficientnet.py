@@ -12,12 +12,14 @@ is left out where the size changes. Zeros are padded as TensorFlow does, and byt
 become (x - 127) / 128.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mmjax.batch import Bank
-from mmjax.nn.conv import Conv, Dense, Encoder, Norm, block_of
+from mmjax.nn.conv import ConvNorm, Encoder, block_of
 from mmjax.nn.features import Features
 from mmjax.sharding import constrain
 
@@ -44,11 +46,10 @@ class EfficientNet(Encoder):
   Fields:
     stem, stages, width: channels of the first and the last convolution, and what
       stands between; see `LITE0`.
-    num_classes: > 0 gives the pretrained head, see `logits`.
-    channels, image_grid, mean, std, pool, remat, dtype, param_dtype: see
-      `nn.conv.Encoder`.
+    norm_eps: of the frozen norms.
+    All others: see `nn.conv.Encoder`.
 
-  Channels are few and of odd sizes, so no parameter is split over devices.
+  Channels are few and of odd sizes, so only the head is split over devices.
   """
 
   mean: tuple[float, float, float] = (127.0, 127.0, 127.0)
@@ -56,7 +57,6 @@ class EfficientNet(Encoder):
   stem: int = 32
   stages: tuple[Stage, ...] = LITE0
   width: int = 1280
-  num_classes: int = 0
   norm_eps: float = 1e-3
 
   def out_grid(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -64,10 +64,6 @@ class EfficientNet(Encoder):
     for stride in (2, *(stage[2] for stage in self.stages)):
       size = -(-size[0] // stride), -(-size[1] // stride)
     return size
-
-  def setup(self):
-    if self.num_classes:
-      self.head = Dense(self.num_classes, None, self.param_dtype)
 
   @nn.compact
   def __call__(self, bank: Bank, *, train: bool = False) -> Features:
@@ -83,51 +79,22 @@ class EfficientNet(Encoder):
       ValueError: shapes or channels that don't fit, or fields.
     """
     del train  # nothing here depends on it
-    out = self.encode(bank, self._body)
-    if self.is_initializing() and self.num_classes:
-      self.head(out.values)  # so that its parameters exist
-    return out
+    return self.encode(bank, self._body)
 
   def _body(self, x):
-    kinds = dict(eps=self.norm_eps, param_dtype=self.param_dtype)
+    kinds = dict(eps=self.norm_eps, axis=None, param_dtype=self.param_dtype)
     x = relu6(ConvNorm(self.stem, 3, 2, name='stem', **kinds)(x))
     block, i = block_of(Inverted, self.remat), 0
     for expand, window, stride, channels, count in self.stages:
       for j in range(count):
         step = stride if j == 0 else 1
-        x = block(expand, window, step, channels, name=f'block_{i}', **kinds)(x)
+        x = block(
+          expand, window, step, channels, self.norm_eps, self.param_dtype,
+          name=f'block_{i}',
+        )(x)  # fmt: skip
         x = constrain(x, 'batch', None, None, None)
         i += 1
     return relu6(ConvNorm(self.width, name='last', **kinds)(x))
-
-  def logits(self, pooled: jax.Array) -> jax.Array:
-    """The classes of what was pooled, f[..., width] -> f32[..., num_classes].
-
-    Raises:
-      ValueError: the model has no head.
-    """
-    if not self.num_classes:
-      raise ValueError('EfficientNet: num_classes=0, so there is no head')
-    return self.head(pooled)
-
-
-class ConvNorm(nn.Module):
-  """A convolution and a frozen norm; groups=0 is one group per channel."""
-
-  channels: int
-  window: int = 1
-  stride: int = 1
-  groups: int = 1
-  eps: float = 1e-3
-  param_dtype: str = 'float32'
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    kinds = dict(axis=None, param_dtype=self.param_dtype)
-    x = Conv(
-      self.channels, self.window, self.stride, groups=self.groups, name='conv', **kinds
-    )(x)
-    return Norm('frozen', self.eps, name='norm', **kinds)(x)
 
 
 class Inverted(nn.Module):
@@ -138,11 +105,11 @@ class Inverted(nn.Module):
   stride: int
   channels: int
   eps: float = 1e-3
-  param_dtype: str = 'float32'
+  param_dtype: Any = 'float32'
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    kinds = dict(eps=self.eps, param_dtype=self.param_dtype)
+    kinds = dict(eps=self.eps, axis=None, param_dtype=self.param_dtype)
     y, D = x, x.shape[-1] * self.expand
     if self.expand != 1:
       y = relu6(ConvNorm(D, name='expand', **kinds)(y))

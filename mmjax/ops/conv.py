@@ -181,7 +181,7 @@ def depthwise(
 def max_pool(x: jax.Array, window: int, stride: int, padding: Padding) -> jax.Array:
   """The largest of each window, f[B, H, W, D] -> f[B, H', W', D]."""
   zeros = [pads(n, window, stride, padding) for n in x.shape[1:3]]
-  low = jnp.array(-jnp.inf, x.dtype)
+  low = np.array(-np.inf, x.dtype)  # known when traced, which the gradient needs
   return jax.lax.reduce_window(
     x, low, jax.lax.max, (1, window, window, 1), (1, stride, stride, 1),
     ((0, 0), *zeros, (0, 0)),

@@ -11,6 +11,7 @@ from flax import nnx
 from mmjax import sharding
 from mmjax.batch import Bank, Item
 from mmjax.nn.efficientnet import EfficientNet
+from mmjax.nn.resnet import ResNet
 
 C, GRID, I = 48, (3, 4), 3  # pictures of 12 x 16 pixels
 P = I * 12 + 2
@@ -19,8 +20,18 @@ MODELS = {
   'efficientnet': EfficientNet(
     stem=4, stages=((1, 3, 1, 4, 1), (2, 3, 2, 8, 1)), width=16, **SHARED
   ),
+  'resnet': ResNet(stem=8, widths=(16, 32), depths=(1, 2), **SHARED, num_classes=4),
+  'resnet-group': ResNet(
+    stem=8,
+    widths=(8, 16),
+    depths=(1, 1),
+    block='basic',
+    norm='group',
+    norm_groups=4,
+    **SHARED,
+  ),
 }
-CELLS = {'efficientnet': (3, 4)}
+CELLS = {'efficientnet': (3, 4), 'resnet': (2, 2), 'resnet-group': (2, 2)}
 # Row and item; row 1 has no second item.
 ITEMS = ((0, 1), (0, 2), (1, 1), (1, 3))
 models = pytest.mark.parametrize('name', MODELS)
@@ -120,7 +131,10 @@ def gradients(model, variables, bank):
   def loss(variables):
     out = model.apply(variables, bank)
     there = (out.items > 0).astype(out.values.dtype)
-    return jnp.sum(jnp.sin(out.values) * there[..., None]) + jnp.sum(jnp.sin(out.pooled))
+    total = jnp.sum(jnp.sin(out.values) * there[..., None]) + jnp.sum(jnp.sin(out.pooled))
+    if not model.num_classes:
+      return total
+    return total + jnp.sum(model.apply(variables, out.pooled, method='logits'))
 
   return jax.value_and_grad(loss)(variables)
 
@@ -169,15 +183,17 @@ def test_eight_devices_and_remat_equal_one(name):
 @models
 def test_bridges_to_nnx(name):
   @jax.jit
-  def both():
+  def run(weights, bank):
     bridged = nnx.bridge.ToNNX(MODELS[name], rngs=nnx.Rngs(0))
-    bridged = nnx.bridge.lazy_init(bridged, bank())
+    bridged = nnx.bridge.lazy_init(bridged, bank)
     made = nnx.to_pure_dict(nnx.state(bridged, nnx.Param))
-    return bridged(bank()), MODELS[name].apply({'params': made}, bank())
+    assert jax.tree.structure(made) == jax.tree.structure(weights)
+    nnx.update(bridged, weights)
+    return bridged(bank)
 
-  got, want = both()
-  np.testing.assert_allclose(got.values, want.values, atol=2e-6)
-  np.testing.assert_allclose(got.pooled, want.pooled, atol=2e-6)
+  got = run(variables(name)['params'], bank())
+  np.testing.assert_allclose(got.values, whole(name).values, atol=2e-6)
+  np.testing.assert_allclose(got.pooled, whole(name).pooled, atol=2e-6)
 
 
 @models
