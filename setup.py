@@ -27,6 +27,7 @@ setuptools.setup(
     'grain>=0.2.16',
     'jax>=0.10',
     'jinja2',
+    'lxml>=5',
     'matplotlib',
     'ml-collections>=1.1',
     'msgpack',

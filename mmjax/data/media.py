@@ -42,12 +42,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     BadDocument: 'not_image', 'truncated_image', 'too_many_pixels', 'zero_size'
       or 'unsupported_image'.
   """
-  try:
-    image = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
-  except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
-    raise BadDocument('too_many_pixels', str(error)) from None
-  except Exception:  # Pillow's readers raise all sorts on garbage
-    raise BadDocument('not_image', f'{len(data)} bytes, no image file') from None
+  image = _open(data)
   width, height = image.size
   if not width or not height:
     raise BadDocument('zero_size', f'an image of {height} x {width}')
@@ -62,6 +57,25 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     raise
   except Exception as error:  # the same
     raise BadDocument('truncated_image', str(error)) from None
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+  """(height, width) of an image file by its header, without decoding.
+
+  Raises:
+    BadDocument: 'not_image' or 'too_many_pixels'.
+  """
+  width, height = _open(data).size
+  return height, width
+
+
+def _open(data: bytes) -> PIL.Image.Image:
+  try:
+    return PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
+  except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
+    raise BadDocument('too_many_pixels', str(error)) from None
+  except Exception:  # Pillow's readers raise all sorts on garbage
+    raise BadDocument('not_image', f'{len(data)} bytes, no image file') from None
 
 
 def _rgb(image: PIL.Image.Image) -> np.ndarray:

@@ -2,10 +2,12 @@
 
 python -m mmjax.data.prepare easy_vqa --out data/easy_vqa --tokenizer=bpe:512
 python -m mmjax.data.prepare jsonl:pages.jsonl --out data/pages
+python -m mmjax.data.prepare html:manual/en --out data/manual --html-max-words=128
 """
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -139,9 +141,18 @@ def _drops(dropped: dict[str, int]) -> str:
   return ', '.join(f'{n:,} {reason}' for reason, n in dropped.items()) or 'none'
 
 
-def _tfds_options() -> dict[str, Any]:
-  fields = dataclasses.fields(sources.SOURCES['tfds'])
-  return {field.name: field.default for field in fields[1:]}
+def _options() -> dict[str, dict[str, Any]]:
+  """The options of sources that have some, by name, with their defaults."""
+  fields = {name: dataclasses.fields(cls)[1:] for name, cls in sources.SOURCES.items()}
+  return {n: {f.name: f.default for f in some} for n, some in fields.items() if some}
+
+
+def _value(text: str) -> Any:
+  """A number, true, false or null; anything else is a string."""
+  try:
+    return json.loads(text)
+  except ValueError:
+    return text
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -151,16 +162,18 @@ def main(argv: list[str] | None = None) -> int:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('source', help='easy_vqa, jsonl:FILE or tfds:NAME')
+  parser.add_argument('source', help='easy_vqa, jsonl:FILE, html:DIR or tfds:NAME')
   parser.add_argument('--out', required=True, help='directory of the dataset')
   parser.add_argument('--tokenizer', default='bytes', help='bytes, bpe:N or a path')
   parser.add_argument('--end', help="name of the tokenizer's end token")
   parser.add_argument('--splits', help='comma-separated; default: all')
   parser.add_argument('--max-pixels', type=int, default=media.MAX_PIXELS)
-  for name, default in _tfds_options().items():
-    parser.add_argument(f'--tfds-{name.replace("_", "-")}', help=f'default: {default}')
+  for source, fields in _options().items():
+    for name, default in fields.items():
+      flag = f'--{source}-{name.replace("_", "-")}'
+      parser.add_argument(flag, dest=name, type=_value, help=f'default: {default}')
   args = parser.parse_args(argv)
-  options = {name: getattr(args, f'tfds_{name}') for name in _tfds_options()}
+  options = {name: getattr(args, name) for some in _options().values() for name in some}
   try:
     meta = prepare(
       args.source,

@@ -7,6 +7,7 @@
                 "id": "7", "split": "train", "meta": {"types": ["animal"]}}
                (spans may have "branch": 1, ... see `data.document`)
   tfds:NAME    TensorFlow Datasets through `tfds.data_source`, without TensorFlow
+  html:DIR     pages of text and figures, as of offline manuals; see `data.html`
 
 What can't become a document comes as (split, BadDocument), to be counted.
 """
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.data.document import Audio, BadDocument, Document, Image, Text, Video
+from mmjax.data.html import Html
 
 Record = tuple[str, Document | BadDocument]
 
@@ -288,10 +290,10 @@ def _texts(record, features, feature) -> list[str]:
 
 
 # Name -> class; a spec is NAME or NAME:ARGUMENT.
-SOURCES = {'easy_vqa': EasyVqa, 'jsonl': Jsonl, 'tfds': Tfds}
+SOURCES = {'easy_vqa': EasyVqa, 'html': Html, 'jsonl': Jsonl, 'tfds': Tfds}
 
 
-def build(spec: str, **options: Any) -> EasyVqa | Jsonl | Tfds:
+def build(spec: str, **options: Any) -> EasyVqa | Html | Jsonl | Tfds:
   """The source of a spec, e.g. 'easy_vqa' or 'jsonl:data.jsonl'.
 
   Raises:

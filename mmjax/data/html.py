@@ -1,0 +1,271 @@
+"""Folders of HTML pages as interleaved documents: text with figures in their places.
+
+  <h2>Blur</h2>            [heading] [text] [image] [text] | [heading] [text] [image]
+  <p>These filters ...     '---------- page.html#0 -------'  '---- page.html#1 ------'
+  <img src="a.png">
+  <p>A larger radius ...   a page is cut at the ends of paragraphs, before headings if
+                           it can be, into pieces of at most so many words and images
+
+What pages have around their content is left out (as in OBELICS, 2306.16527): navigation
+and scripts by their elements (see `data.page`), banners because the same picture, by its
+bytes, is on many pages, icons by their size.
+"""
+
+import collections
+import dataclasses
+import fnmatch
+import functools
+import hashlib
+import io
+import os
+import pathlib
+import re
+import urllib.parse
+from collections.abc import Iterator, Sequence
+
+from mmjax.data import media
+from mmjax.data.document import BadDocument, Document, Image, Text
+from mmjax.data.page import Block, pieces, read_page
+
+_SUFFIXES = ('.html', '.htm', '.xhtml')
+_FEW = 4  # pages that may share an image in a folder of any size
+
+
+@dataclasses.dataclass(frozen=True)
+class Html:
+  """Folders of HTML pages (offline manuals, say); all text is trained.
+
+  folders: one or several, 'DIR,DIR'. 'DIR:PATTERN' takes only pages whose file name
+    matches, as in 'opencv4/html:tutorial_*'.
+  max_words, max_images: of a piece.
+  min_images: pieces of fewer are left out.
+  min_side, max_aspect: of an image, in pixels and as long : short side.
+  max_share: an image on more than this share of a folder's pages is furniture.
+  max_side: larger images are scaled down; None = files stay as they are.
+  figures_first: the image of a figure before its caption, wherever that stands.
+  test_share: of the pages; by a hash of the page's path, so no page is in both splits.
+  """
+
+  folders: str
+  max_words: int = 256
+  max_images: int = 4
+  min_images: int = 1
+  min_side: int = 48
+  max_aspect: float = 8.0
+  max_share: float = 0.02
+  max_side: int | None = None
+  figures_first: bool = False
+  test_share: float = 0.1
+
+  def __post_init__(self):
+    for name in ('max_words', 'max_images', 'max_side'):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise ValueError(f'source html: {name}={value} must be >= 1')
+    for name in ('max_share', 'test_share'):
+      if not 0 <= getattr(self, name) <= 1:
+        raise ValueError(f'source html: {name}={getattr(self, name)} is no share')
+
+  def fingerprint(self) -> str | None:
+    """A hash of all pages and their images; None = they can't be read."""
+    found = hashlib.sha256()
+    try:
+      for name, page in self._pages:
+        found.update(repr((name, page.digest, page.blocks)).encode())
+    except ValueError:
+      return None
+    return found.hexdigest()
+
+  def total(self, splits: Sequence[str] | None = None) -> int | None:
+    return None
+
+  def records(
+    self, splits: Sequence[str] | None = None
+  ) -> Iterator[tuple[str, Document | BadDocument]]:
+    """Pieces page by page, in the order of the pages' paths.
+
+    What was left out comes as BadDocument: 'missing_file' and 'path_outside' for pages
+    and images; 'not_html', 'image_unreadable', 'image_remote', 'image_small',
+    'image_thin', 'image_furniture', 'long_text', 'few_images'.
+
+    Raises:
+      ValueError: a folder that isn't there, or has no such page.
+    """
+    for name, page in self._pages:
+      split = 'test' if share_of(page.path) < self.test_share else 'train'
+      if splits is not None and split not in splits:
+        continue
+      for error in page.bad:
+        yield split, error
+      cut = list(pieces(page.blocks, self.max_words, self.max_images))
+      for k, piece in enumerate(cut):
+        where = f'{name}#{k}'
+        long = [b for b in piece if b.words > self.max_words]
+        if long:
+          error = BadDocument('long_text', f'{where}: {long[0].words} words in one')
+          yield split, error
+        elif sum(b.kind == 'image' for b in piece) < self.min_images:
+          yield split, BadDocument('few_images', where)
+        else:
+          yield split, Document(self._spans(piece), where)
+
+  def _spans(self, piece: Sequence[Block]) -> tuple[Text | Image, ...]:
+    spans, lines = [], []
+    for block in [*piece, None]:
+      if block is not None and block.kind != 'image':
+        lines.append(block.value)
+        continue
+      if lines:
+        spans.append(Text('\n'.join(lines), True))
+        lines = []
+      if block is not None:
+        spans.append(Image(shrink(pathlib.Path(block.value).read_bytes(), self.max_side)))
+    return tuple(spans)
+
+  @functools.cached_property
+  def _pages(self) -> list[tuple[str, 'Page']]:
+    """(name, page) of all folders. Images that were left out are no blocks any more."""
+    roots = []
+    for entry in self.folders.split(','):
+      folder, _, pattern = entry.partition(':')
+      path = pathlib.Path(folder)
+      if not path.is_dir():
+        raise ValueError(f'source html: no folder {folder!r}')
+      roots.append((path.resolve(), pattern or '*'))
+    common = os.path.commonpath([root for root, _ in roots])
+    found = []
+    for root, pattern in roots:
+      pages = read_folder(root, pattern, self)
+      if not pages:
+        raise ValueError(f'source html: no page {pattern!r} in {str(root)!r}')
+      inside = os.path.relpath(root, common)
+      found += [(os.path.normpath(f'{inside}/{page.path}'), page) for page in pages]
+    return found
+
+
+def share_of(path: str) -> float:
+  """A number in [0, 1) that is as good as random, always the same for a path."""
+  return int.from_bytes(hashlib.sha256(path.encode()).digest()[:6]) / 2**48
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+  """A page as read: its path in the folder, hash, blocks, and what was left out."""
+
+  path: str
+  digest: str
+  blocks: list[Block]
+  bad: list[BadDocument]
+
+
+def read_folder(root: pathlib.Path, pattern: str, rules: Html) -> list[Page]:
+  """All pages under a folder, sorted by path; image blocks hold paths of good files."""
+  pages, pictures, on_pages = [], {}, collections.Counter()
+  for path in sorted(_files(root)):
+    if not fnmatch.fnmatch(os.path.basename(path), pattern):
+      continue
+    bad = []
+    try:
+      content = _inside(root, '', path).read_bytes()
+      blocks = read_page(content, rules.figures_first)
+    except BadDocument as error:
+      content, blocks = b'', []
+      bad.append(BadDocument(error.reason, f'{path}: {error.message}'))
+    kept = []
+    for block in blocks:
+      if block.kind != 'image':
+        kept.append(block)
+        continue
+      try:
+        file = _inside(root, os.path.dirname(path), block.value)
+        if file not in pictures:
+          pictures[file] = _picture(file)
+        kept.append(Block('image', str(file)))
+      except BadDocument as error:
+        bad.append(BadDocument(error.reason, f'{path}: {error.message}'))
+    pages.append(Page(path, hashlib.sha256(content).hexdigest(), kept, bad))
+    hashes = {pictures[pathlib.Path(b.value)][0] for b in kept if b.kind == 'image'}
+    on_pages.update(hashes)
+
+  most = max(_FEW, rules.max_share * len(pages))
+  for page in pages:
+    kept = []
+    for block in page.blocks:
+      reason = ''
+      if block.kind == 'image':
+        digest, size = pictures[pathlib.Path(block.value)]
+        reason = _wrong(size, rules) or ('furniture' if on_pages[digest] > most else '')
+      if reason:
+        name = os.path.relpath(block.value, root)
+        page.bad.append(BadDocument(f'image_{reason}', f'{page.path}: {name}'))
+      else:
+        kept.append(block)
+    page.blocks[:] = kept
+  return pages
+
+
+def _files(root: pathlib.Path) -> Iterator[str]:
+  for folder, _, names in os.walk(root):
+    for name in names:
+      if name.lower().endswith(_SUFFIXES):
+        yield os.path.relpath(os.path.join(folder, name), root)
+
+
+def _inside(root: pathlib.Path, folder: str, link: str) -> pathlib.Path:
+  """The file that a link of a page in `folder` means.
+
+  Raises:
+    BadDocument: 'image_remote', 'path_outside' or 'missing_file'.
+  """
+  if re.match(r'(\w[\w+.-]*:|//)', link):
+    raise BadDocument('image_remote', link[:60])
+  link = urllib.parse.unquote(re.split('[?#]', link)[0])
+  try:
+    path = (root / folder / link).resolve()
+    if link.startswith('/') or not path.is_relative_to(root):
+      raise BadDocument('path_outside', f'{link!a} leaves the folder')
+    if not path.is_file():
+      raise BadDocument('missing_file', f'{link!a}')
+  except (OSError, ValueError, RuntimeError) as error:
+    if isinstance(error, BadDocument):
+      raise
+    raise BadDocument('missing_file', f'{link!a}: {error}') from None
+  return path
+
+
+def _picture(file: pathlib.Path) -> tuple[str, tuple[int, int] | None]:
+  """(hash of the file, size as its header says); no size if it is no image."""
+  content = file.read_bytes()
+  try:
+    size = media.image_size(content)
+  except BadDocument:
+    size = None
+  return hashlib.sha256(content).hexdigest(), size
+
+
+def _wrong(size: tuple[int, int] | None, rules: Html) -> str:
+  if size is None:
+    return 'unreadable'
+  if min(size) < rules.min_side:
+    return 'small'
+  return 'thin' if max(size) > rules.max_aspect * min(size) else ''
+
+
+def shrink(content: bytes, max_side: int | None) -> bytes:
+  """An image file with no side above `max_side`; smaller ones as they are.
+
+  Raises:
+    BadDocument: see `media.decode_image`.
+  """
+  import PIL.Image
+
+  if max_side is None or max(media.image_size(content)) <= max_side:
+    return content
+  image = PIL.Image.fromarray(media.decode_image(content))
+  image.thumbnail((max_side, max_side), PIL.Image.Resampling.BICUBIC)
+  lossy = content[:2] == b'\xff\xd8'  # JPEG's first bytes
+  out = io.BytesIO()
+  image.save(
+    out, *(('JPEG',) if lossy else ('PNG',)), **({'quality': 90} if lossy else {})
+  )
+  return out.getvalue()
