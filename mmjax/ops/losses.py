@@ -17,6 +17,7 @@ that the step can divide by the weight of the whole global batch.
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -99,27 +100,9 @@ def next_token_loss(
   Raises:
     ValueError: shapes that don't fit; num_targets or chunk < 1, or no slot to predict.
   """
-  T = check('B T D', hidden, 'B T', stream.tokens)['T']
-  if num_targets < 1 or chunk < 1 or T < 2:
-    raise ValueError(
-      'next_token_loss: needs num_targets >= 1, chunk >= 1 and two slots;'
-      f' got {num_targets}, {chunk} and {T}'
-    )
-  num_targets = min(num_targets, T)
-  slots, used = select_targets(stream, num_targets)
-  tokens = jnp.take_along_axis(stream.tokens, slots, 1)
-  weights = jnp.where(used, jnp.take_along_axis(stream.weights, slots, 1), 0.0)
-  previous = jnp.take_along_axis(previous_slots(stream), slots, 1)
-  hidden = jnp.take_along_axis(hidden, jnp.maximum(previous, 0)[..., None], 1)
-
-  count = math.ceil(num_targets / chunk)
-  size = math.ceil(num_targets / count)
-
-  def split(x):  # [B, num_targets, ...] -> [count, B, size, ...]
-    width = [(0, 0), (0, count * size - num_targets)] + [(0, 0)] * (x.ndim - 2)
-    return jnp.moveaxis(
-      jnp.pad(x, width).reshape(len(x), count, size, *x.shape[2:]), 1, 0
-    )
+  gathered = _gather(hidden, stream, num_targets, chunk, 'next_token_loss')
+  num_targets = gathered.slots.shape[1]
+  hidden, tokens, weights = gathered.hidden, gathered.tokens, gathered.weights
 
   @functools.partial(jax.checkpoint, prevent_cse=False)
   def part(xs):
@@ -127,14 +110,14 @@ def next_token_loss(
     return _sums(unembed(hidden), tokens, weights)
 
   xs = (hidden, tokens, weights)
-  if count == 1:
+  if num_targets <= chunk:
     ce, square, correct = part(xs)
   else:
     zero = jnp.zeros((), jnp.float32)
     (ce, square, correct), _ = jax.lax.scan(
       lambda sums, xs: (jax.tree.map(jnp.add, sums, part(xs)), None),
       (zero, zero, zero),
-      jax.tree.map(split, xs),
+      jax.tree.map(lambda x: _split(x, chunk), xs),
     )
   num = jnp.sum(trained_slots(stream), 1)
   z = z_loss * square
@@ -148,12 +131,95 @@ def next_token_loss(
   return ce + z, jnp.sum(weights), sums
 
 
-def _sums(logits, tokens, weights):
-  """Sums of weight * (cross-entropy, log-normaliser squared, correctness)."""
+class TokenLosses(NamedTuple):
+  """The loss of each target, before weights; see `token_losses`.
+
+  slots: i32[B, K] where the target stands; used: bool[B, K], False = no target.
+  tokens: i32[B, K]; losses: f32[B, K], 0 where there is no target.
+  """
+
+  slots: jax.Array
+  used: jax.Array
+  tokens: jax.Array
+  losses: jax.Array
+
+
+def token_losses(
+  hidden: jax.Array,
+  unembed: Callable[[jax.Array], jax.Array],
+  stream: Stream,
+  num_targets: int,
+  *,
+  chunk: int = 256,
+) -> TokenLosses:
+  """Cross-entropy of every trained token by itself; arguments of `next_token_loss`.
+
+  Raises:
+    ValueError: see `next_token_loss`.
+  """
+  found = _gather(hidden, stream, num_targets, chunk, 'token_losses')
+  B, K = found.slots.shape
+
+  def part(xs):
+    log_z, right, _ = _log_probs(unembed(xs[0]), xs[1])
+    return log_z - right
+
+  xs = (found.hidden, found.tokens)
+  if chunk >= K:
+    losses = part(xs)
+  else:
+    losses = jax.lax.map(part, jax.tree.map(lambda x: _split(x, chunk), xs))
+    losses = jnp.moveaxis(losses, 0, 1).reshape(B, -1)[:, :K]
+  losses = jnp.where(found.used, losses, 0.0)
+  return TokenLosses(found.slots, found.used, found.tokens, losses)
+
+
+class _Gathered(NamedTuple):
+  """The targets of a batch at their places, K per row; hidden: of the slots before."""
+
+  slots: jax.Array
+  used: jax.Array
+  tokens: jax.Array
+  weights: jax.Array
+  hidden: jax.Array
+
+
+def _gather(hidden, stream, num_targets, chunk, who) -> _Gathered:
+  T = check('B T D', hidden, 'B T', stream.tokens)['T']
+  if num_targets < 1 or chunk < 1 or T < 2:
+    raise ValueError(
+      f'{who}: needs num_targets >= 1, chunk >= 1 and two slots;'
+      f' got {num_targets}, {chunk} and {T}'
+    )
+  slots, used = select_targets(stream, min(num_targets, T))
+  tokens = jnp.take_along_axis(stream.tokens, slots, 1)
+  weights = jnp.where(used, jnp.take_along_axis(stream.weights, slots, 1), 0.0)
+  previous = jnp.take_along_axis(previous_slots(stream), slots, 1)
+  hidden = jnp.take_along_axis(hidden, jnp.maximum(previous, 0)[..., None], 1)
+  return _Gathered(slots, used, tokens, weights, hidden)
+
+
+def _split(x, chunk):
+  """[B, K, ...] -> [count, B, size, ...] with size <= chunk; padded with 0."""
+  K = x.shape[1]
+  count = math.ceil(K / chunk)
+  size = math.ceil(K / count)
+  width = [(0, 0), (0, count * size - K)] + [(0, 0)] * (x.ndim - 2)
+  return jnp.moveaxis(jnp.pad(x, width).reshape(len(x), count, size, *x.shape[2:]), 1, 0)
+
+
+def _log_probs(logits, tokens):
+  """(log-normaliser, logit of the token, the logits), all f32."""
   logits = logits.astype(jnp.float32)
   log_z = jax.nn.logsumexp(logits, -1)
   # A trained slot is always text; the maximum only guards unused places.
   right = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[..., None], -1)[..., 0]
+  return log_z, right, logits
+
+
+def _sums(logits, tokens, weights):
+  """Sums of weight * (cross-entropy, log-normaliser squared, correctness)."""
+  log_z, right, logits = _log_probs(logits, tokens)
   # The first of the largest, in two plain reductions: argmax is one slow loop on CPU.
   V = logits.shape[-1]
   ids = jnp.arange(V, dtype=tokens.dtype).reshape((1,) * (logits.ndim - 1) + (V,))

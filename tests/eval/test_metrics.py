@@ -105,3 +105,34 @@ def test_soft_accuracy_normalises_when_people_disagree():
   assert metrics.vqa_accuracy('two', ['2'] * 10) == 0.0
   with pytest.raises(ValueError, match='at least 2 human answers, got 1'):
     metrics.vqa_accuracy('cat', ['cat'])
+
+
+def test_bootstrap_ratio_is_over_clusters():
+  rng = np.random.default_rng(0)
+  counts = rng.integers(1, 50, 300)
+  sums = counts * 0.3 + rng.normal(size=300) * np.sqrt(counts)
+  names = [str(i) for i in range(300)]
+  ratio, low, high = metrics.bootstrap_ratio(sums, counts, names)
+  np.testing.assert_allclose(ratio, sums.sum() / counts.sum())
+  # The delta method for a ratio of sums, for many clusters.
+  error = sums - ratio * counts
+  half = 1.96 * np.sqrt((error**2).sum()) / counts.sum()
+  np.testing.assert_allclose([low, high], [ratio - half, ratio + half], atol=0.1 * half)
+  assert metrics.bootstrap_ratio(sums, counts, names) == (ratio, low, high)
+  # The same members in a tenth of the clusters, which are alike inside: less is known.
+  alike = np.repeat(rng.normal(size=30), 10) * counts
+  wide = metrics.bootstrap_ratio(alike, counts, np.repeat(names[:30], 10))
+  narrow = metrics.bootstrap_ratio(alike, counts, names)
+  assert wide[0] == narrow[0] and wide[2] - wide[1] > 2 * (narrow[2] - narrow[1])
+
+
+def test_bootstrap_ratio_of_little():
+  assert metrics.bootstrap_ratio([1.0, 2.0], [2, 2], 'ab')[0] == 0.75
+  ratio, low, high = metrics.bootstrap_ratio([1.0, 2.0], [2, 2], 'aa')
+  assert ratio == 0.75 and math.isnan(low) and math.isnan(high)
+  assert all(map(math.isnan, metrics.bootstrap_ratio([], [], [])))
+  assert all(map(math.isnan, metrics.bootstrap_ratio([0.0], [0], 'a')))
+  # Clusters that count nothing may be drawn alone.
+  assert metrics.bootstrap_ratio([0.0, 3.0], [0, 2], 'ab') == (1.5, 1.5, 1.5)
+  with pytest.raises(ValueError, match='2 sums, 1 counts, 1 clusters'):
+    metrics.bootstrap_ratio([1.0, 2.0], [2], 'a')

@@ -12,6 +12,7 @@ from mmjax.ops.losses import (
   next_token_loss,
   previous_slots,
   select_targets,
+  token_losses,
   trained_slots,
 )
 
@@ -90,6 +91,29 @@ def loss_of(hidden, table, stream, num_targets, **kwargs):
     return jnp.einsum('...d,dv->...v', h, table)
 
   return next_token_loss(hidden, head, stream, num_targets, **kwargs)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+  seed=st.integers(0, 1000),
+  form=st.sampled_from([(3, 0.1), (100, 0.0)]),
+)
+def test_losses_by_token_are_those_of_full_logits(seed, form):
+  hidden, table, stream = example(seed)
+  got = jax.jit(lambda h, s: token_losses(h, lambda x: x @ table, s, 14, chunk=form[0]))(
+    hidden, stream
+  )
+  for b in range(3):
+    want = [t for t in range(14) if stream.weights[b, t] and stream.segment_ids[b, t]
+            and before(stream, b, t) >= 0]  # fmt: skip
+    used = np.asarray(got.used[b])
+    assert got.slots[b][used].tolist() == want
+    assert got.tokens[b][used].tolist() == stream.tokens[b, want].tolist()
+    assert not got.losses[b][~used].any()
+    for t, loss in zip(want, got.losses[b][used]):
+      logits = hidden[b, before(stream, b, t)].astype(np.float64) @ table
+      right = np.log(np.exp(logits).sum()) - logits[stream.tokens[b, t]]
+      np.testing.assert_allclose(loss, right, rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=15, deadline=None)
