@@ -213,10 +213,15 @@ class ImageRule:
       cols = min(max(1, math.isqrt(limit * width // height)), cols, limit // rows)
     return (1, rows, cols)
 
-  def patches(self, image: np.ndarray) -> np.ndarray:
-    """u8[H, W, 3] to u8[P, p*p*3], resized (bicubic, antialiased) where needed."""
+  def patches(
+    self, image: np.ndarray, grid: tuple[int, int, int] | None = None
+  ) -> np.ndarray:
+    """u8[H, W, 3] to u8[P, p*p*3], resized (bicubic, antialiased) where needed.
+
+    grid: another than the image's own, to put it in another one's place.
+    """
     height, width, _ = image.shape
-    _, rows, cols = self.grid(height, width)
+    _, rows, cols = grid or self.grid(height, width)
     size = (cols * self.patch, rows * self.patch)
     if size != (width, height):
       resized = PIL.Image.fromarray(image).resize(size, PIL.Image.Resampling.BICUBIC)

@@ -12,12 +12,13 @@
 import inspect
 from typing import Any
 
+from mmjax.eval.gain import Gain, GainResult
 from mmjax.eval.vqa import Result, Vqa
 from mmjax.names import closest
 
-EVALUATORS = {'vqa': Vqa}
+EVALUATORS = {'gain': Gain, 'vqa': Vqa}
 
-__all__ = ['EVALUATORS', 'Result', 'Vqa', 'build_evaluators']
+__all__ = ['EVALUATORS', 'Gain', 'GainResult', 'Result', 'Vqa', 'build_evaluators']
 
 # What a section of config.eval may say, with `split` of the prepared data.
 _OURS = (
@@ -26,6 +27,7 @@ _OURS = (
   'mesh',
   'rules',
   'media_rules',
+  'budget',
   'image_attention',
   'generate',
 )
@@ -55,7 +57,7 @@ def build_evaluators(
       data of another tokenizer.
   """
   from mmjax.data.store import Dataset
-  from mmjax.train.build import rules_of
+  from mmjax.train.build import budget_of, rules_of
 
   built = {}
   for name in config.eval:
@@ -65,7 +67,8 @@ def build_evaluators(
     fields = {k: v.to_dict() if hasattr(v, 'to_dict') else v for k, v in fields.items()}
     split = fields.pop('split', 'test')
     cls = EVALUATORS[name]
-    allowed = [f for f in inspect.signature(cls).parameters if f not in _OURS]
+    known = inspect.signature(cls).parameters
+    allowed = [f for f in known if f not in _OURS]
     for field in fields:
       if field not in allowed:
         near = closest(field, [*allowed, 'split'])
@@ -73,12 +76,15 @@ def build_evaluators(
     data = dataset
     if data is None:
       data = Dataset(config.data.path, split, tokenizer_hash)
+    media_rules = rules_of(config)
+    if 'budget' in known:
+      fields['budget'] = budget_of(config, media_rules)
     built[name] = cls(
       dataset=data,
       model=model,
       mesh=mesh,
       rules=rules,
-      media_rules=rules_of(config),
+      media_rules=media_rules,
       image_attention=config.data.image_attention,
       **fields,
     )

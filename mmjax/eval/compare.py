@@ -149,9 +149,9 @@ def rows(runs: Sequence[Mapping[str, Any]], metric: str) -> list[dict[str, Any]]
 
 def page(runs: Sequence[Mapping[str, Any]], metric: str) -> str:
   """The page as a string of HTML, without a network."""
-  template = report.environment().get_template('compare.html.j2')
   sizes = [run['parameters'] for run in runs]
-  return template.render(
+  return report.render(
+    'compare.html.j2',
     metric=metric,
     rows=rows(runs, metric),
     spread=max(sizes) / min(sizes) - 1,

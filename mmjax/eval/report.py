@@ -31,10 +31,12 @@ def write(workdir: str | os.PathLike, step: int, results: Mapping[str, Any]) -> 
 
   Args:
     results: by name of the evaluator, each with `.metrics`, `.predictions`,
-      `.published` and `.pictures` (see `mmjax.eval.vqa.Result`).
+      `.published` and `.pictures` (see `mmjax.eval.vqa.Result`); or, with a page of its
+      own, `.metrics`, `.predictions`, `.page`, `.table` and `.same_as` (see
+      `mmjax.eval.gain.GainResult`).
 
   Returns:
-    {'json': path, 'html': path}
+    {'json': path, 'html': path, 'html/<name>': path of a page of its own}
   """
   folder = pathlib.Path(workdir) / 'eval'
   folder.mkdir(parents=True, exist_ok=True)
@@ -45,10 +47,20 @@ def write(workdir: str | os.PathLike, step: int, results: Mapping[str, Any]) -> 
       for name, r in sorted(results.items())
     },
   }
-  paths = {'json': folder / f'{step}.json', 'html': folder / f'{step}.html'}
+  paths = {'json': folder / f'{step}.json'}
   replace(paths['json'], json.dumps(content, indent=1, ensure_ascii=False) + '\n')
-  replace(paths['html'], page(step, results))
+  if answers := {n: r for n, r in results.items() if not _has_page(r)}:
+    paths['html'] = folder / f'{step}.html'
+    replace(paths['html'], page(step, answers))
+  for name, result in sorted(results.items()):
+    if _has_page(result):
+      paths[f'html/{name}'] = folder / f'{step}.{name}.html'
+      replace(paths[f'html/{name}'], result.page(step, name))
   return paths
+
+
+def _has_page(result: Any) -> bool:
+  return hasattr(result, 'page')
 
 
 def read(workdir: str | os.PathLike, step: int) -> dict | None:
@@ -73,6 +85,9 @@ def same_predictions(results: Mapping[str, Any], before: Mapping[str, Any]) -> s
   lines = []
   for name, result in sorted(results.items()):
     old = before['results'].get(name, {}).get('predictions', [])
+    if _has_page(result):
+      lines.append(f'{name}: {result.same_as(old)}')
+      continue
     old = {(r['index'], r['turn']): r for r in old}
     both = [(r, old.get((r['index'], r['turn']))) for r in result.predictions]
     both = [(r, o) for r, o in both if o is not None]
@@ -87,6 +102,9 @@ def table(results: Mapping[str, Any]) -> str:
   """A few lines to print: each type's count and accuracies, and the verdict."""
   lines = []
   for name, result in sorted(results.items()):
+    if _has_page(result):
+      lines.append(result.table(name))
+      continue
     rows = [(name, 'questions', 'accuracy', 'shuffled', 'blank')]
     groups: dict[str, list] = {}
     for record in result.predictions:
@@ -118,30 +136,29 @@ def verdict(predictions: Sequence[Mapping[str, Any]]) -> tuple[bool, str]:
 
 def page(step: int, results: Mapping[str, Any]) -> str:
   """The page of `results` as a string of HTML."""
-  pictures = _Pictures(_BYTES)
+  pictures = Pictures(_BYTES)
   sections = [
     _section(name, result, pictures) for name, result in sorted(results.items())
   ]
-  template = environment().get_template('report.html.j2')
-  return template.render(step=step, sections=sections, pictures=pictures.rules)
+  return render('report.html.j2', step=step, sections=sections, pictures=pictures.rules)
 
 
-def environment() -> Any:
-  """jinja2 with the templates of this room; everything is escaped."""
+def render(template: str, **values: Any) -> str:
+  """A template of this folder, filled in; everything is escaped."""
   import jinja2
 
-  made = jinja2.Environment(
+  environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
   )
-  made.filters['percent'] = lambda x: '–' if _nan(x) else f'{100 * x:.1f}\u00a0%'
-  return made
+  environment.filters['percent'] = lambda x: '–' if _nan(x) else f'{100 * x:.1f}\u00a0%'
+  return environment.get_template(template).render(**values)
 
 
-def _section(name: str, result: Any, pictures: '_Pictures') -> dict[str, Any]:
+def _section(name: str, result: Any, pictures: 'Pictures') -> dict[str, Any]:
   records = result.predictions
   looks, words = verdict(records)
   hits = _hits(records)
@@ -189,7 +206,7 @@ def _bar(key, label, hits, note='') -> dict[str, Any]:
   return {'key': key, 'label': label, 'note': note, 'value': value, **interval}
 
 
-def _cards(records, look: Callable | None, pictures: '_Pictures'):
+def _cards(records, look: Callable | None, pictures: 'Pictures'):
   """Wrong answers in order, then a sample of the right ones."""
   wrong = [r for r in records if not r['correct']]
   right = [r for r in records if r['correct']]
@@ -219,7 +236,7 @@ def _spread(items: list, limit: int) -> list:
   return [items[i * len(items) // limit] for i in range(limit)]
 
 
-class _Pictures:
+class Pictures:
   """All pictures of a page: each is one CSS rule, used by its class name."""
 
   def __init__(self, limit: int):

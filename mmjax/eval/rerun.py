@@ -110,6 +110,7 @@ def _report(workdir, step, results, say) -> None:
   before = report.read(workdir, step)
   if before is None:
     paths = report.write(workdir, step, results)
-    say(f'written: {paths["html"]}')
+    pages = [str(path) for kind, path in paths.items() if kind.startswith('html')]
+    say(f'written: {", ".join(pages)}')
   else:
     say(f'compared with eval/{step}.json: {report.same_predictions(results, before)}')
