@@ -237,13 +237,19 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec)
 
 
+def mesh_axes(name: str) -> tuple[str, ...]:
+  """The mesh axes that an axis is split over here: none outside of `use`."""
+  rules = _rules.get()
+  return () if rules is None else _tuple(to_spec((name,), rules)[0])
+
+
 def parts(name: str) -> int:
   """Into how many parts an axis is split here: 1 outside of `use`."""
-  rules = _rules.get()
-  if rules is None:
+  axes = mesh_axes(name)
+  if not axes:
     return 1
   mesh = jax.sharding.get_abstract_mesh()
-  return math.prod(mesh.shape[a] for a in _tuple(to_spec((name,), rules)[0]))
+  return math.prod(mesh.shape[a] for a in axes)
 
 
 def batch_shardings(batch: Any, mesh: Mesh, rules: Rules) -> Any:
