@@ -18,6 +18,7 @@ from typing import Any
 import flax.linen as nn
 
 from mmjax.batch import Bank, BankBudget, Budget, PackedBatch
+from mmjax.models.dual import Dual
 from mmjax.models.flamingo import Flamingo
 from mmjax.models.late import Late
 from mmjax.models.text import Encoder
@@ -25,7 +26,13 @@ from mmjax.models.unified import Unified
 from mmjax.names import closest
 from mmjax.nn.vit import Vit
 
-MODELS = {'encoder': Encoder, 'flamingo': Flamingo, 'late': Late, 'unified': Unified}
+MODELS = {
+  'dual': Dual,
+  'encoder': Encoder,
+  'flamingo': Flamingo,
+  'late': Late,
+  'unified': Unified,
+}
 # Parts of models that take a bank of media, see `nn.features`.
 ENCODERS = {'vit': Vit}
 

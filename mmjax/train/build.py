@@ -30,6 +30,7 @@ class Parts:
   model:       the module.
   mesh, rules: where things are.
   loss_fn:     the task.
+  accumulate:  microbatches that the step makes; 1, where the task makes them.
   optimizer:   `optim.Optimizer`.
   abstract:    `TrainState` of shapes with shardings.
   init:        jitted, rng -> TrainState.
@@ -41,6 +42,7 @@ class Parts:
   mesh: jax.sharding.Mesh
   rules: sharding.Rules
   loss_fn: step.LossFn
+  accumulate: int
   optimizer: optim.Optimizer
   abstract: state.TrainState
   init: Any
@@ -85,11 +87,7 @@ def build(config: ConfigDict, vocab_size: int, devices=None) -> Parts:
   mesh = sharding.make_mesh(config.sharding.mesh.to_dict(), devices)
   rules = sharding.rules_for(config.sharding.preset, config.sharding.rules.to_dict())
   model = model_of(config, vocab_size, budget)
-  if config.train.task not in tasks.TASKS:
-    raise ValueError(f'unknown task {config.train.task!r}: {", ".join(tasks.TASKS)}')
-  loss_fn = tasks.TASKS[config.train.task](
-    model, num_targets=budget.targets, z_loss=config.train.z_loss
-  )
+  loss_fn, accumulate = tasks.build(config, model, budget)
   # As many rows as the mesh needs: parameters don't depend on them.
   empty = budget.empty(math.prod(mesh.shape.values()))
 
@@ -102,7 +100,9 @@ def build(config: ConfigDict, vocab_size: int, devices=None) -> Parts:
 
   with sharding.use(mesh, rules):
     made, abstract, init = state.plan(init_params, optimizer, mesh, rules)
-  return Parts(budget, media_rules, model, mesh, rules, loss_fn, made, abstract, init)
+  return Parts(
+    budget, media_rules, model, mesh, rules, loss_fn, accumulate, made, abstract, init
+  )
 
 
 def rules_of(config: ConfigDict) -> dict[str, Any]:

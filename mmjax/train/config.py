@@ -80,6 +80,7 @@ def defaults() -> ConfigDict:
         task='next_token',
         steps=1000,
         z_loss=0.0,
+        contrastive=dict(loss='infonce', chunk=1024),  # of the task of that name
         accumulate=1,
         max_skipped=10,  # non-finite updates in a row before the run stops
         log_every=20,
@@ -257,6 +258,7 @@ def check(config: ConfigDict) -> None:
   Raises:
     ValueError: one line with the closest right name.
   """
+  from mmjax.ops import contrastive
   from mmjax.train import optim, tasks
 
   for path, table in (
@@ -264,6 +266,7 @@ def check(config: ConfigDict) -> None:
     ('optim.schedule.name', optim.SCHEDULES),
     ('sharding.preset', RULES),
     ('train.task', tasks.TASKS),
+    ('train.contrastive.loss', contrastive.LOSSES),
     ('model.name', _models()),
   ):
     name = _flat(config)[path]

@@ -179,7 +179,7 @@ class _Run:
       self.parts.loss_fn,
       self.parts.optimizer,
       rng,
-      accumulate=config.train.accumulate,
+      accumulate=self.parts.accumulate,
       grad_shardings=places,
     )
     shapes = self.parts.batch_shapes(config.data.rows)
