@@ -162,7 +162,9 @@ def main(argv: list[str] | None = None) -> int:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('source', help='easy_vqa, jsonl:FILE, html:DIR or tfds:NAME')
+  parser.add_argument(
+    'source', help='easy_vqa, emoji:DIR, html:DIR, jsonl:FILE or tfds:NAME'
+  )
   parser.add_argument('--out', required=True, help='directory of the dataset')
   parser.add_argument('--tokenizer', default='bytes', help='bytes, bpe:N or a path')
   parser.add_argument('--end', help="name of the tokenizer's end token")

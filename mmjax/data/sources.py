@@ -8,6 +8,7 @@
                (spans may have "branch": 1, ... see `data.document`)
   tfds:NAME    TensorFlow Datasets through `tfds.data_source`, without TensorFlow
   html:DIR     pages of text and figures, as of offline manuals; see `data.html`
+  emoji:DIR    pictures and names of emoji from npm's packages in DIR, see `data.emoji`
 
 What can't become a document comes as (split, BadDocument), to be counted.
 """
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.data.document import Audio, BadDocument, Document, Image, Text, Video
+from mmjax.data.emoji import Emoji
 from mmjax.data.html import Html
 
 Record = tuple[str, Document | BadDocument]
@@ -290,10 +292,16 @@ def _texts(record, features, feature) -> list[str]:
 
 
 # Name -> class; a spec is NAME or NAME:ARGUMENT.
-SOURCES = {'easy_vqa': EasyVqa, 'html': Html, 'jsonl': Jsonl, 'tfds': Tfds}
+SOURCES = {
+  'easy_vqa': EasyVqa,
+  'emoji': Emoji,
+  'html': Html,
+  'jsonl': Jsonl,
+  'tfds': Tfds,
+}
 
 
-def build(spec: str, **options: Any) -> EasyVqa | Html | Jsonl | Tfds:
+def build(spec: str, **options: Any) -> EasyVqa | Emoji | Html | Jsonl | Tfds:
   """The source of a spec, e.g. 'easy_vqa' or 'jsonl:data.jsonl'.
 
   Raises:
