@@ -33,7 +33,7 @@ def get_config(variant: str = '') -> ConfigDict:
         rows=256,
         image=dict(patch=8, resize='fixed', size=64),
         augment=('warp', 'colour'),
-        budget=dict(stream=32, targets=32, image=dict(patches=64, items=1)),
+        budget=dict(stream=20, targets=20, image=dict(patches=64, items=1)),
       ),
       model=dict(
         name='dual',
@@ -74,7 +74,10 @@ def get_config(variant: str = '') -> ConfigDict:
       train=dict(
         task='contrastive', steps=600, log_every=20, checkpoint_every=200, keep=2
       ),
-      eval=dict(),
+      eval=dict(
+        retrieval=dict(split='test', every=200),
+        zeroshot=dict(split='test', templates=('{}', '{} emoji', 'a drawing of {}')),
+      ),
     )
   )
   if variant == 'tiny':
@@ -84,4 +87,6 @@ def get_config(variant: str = '') -> ConfigDict:
     config.model.text.update(num_kv_heads=2)
     config.optim.schedule.warmup_steps = 5
     config.train.update(steps=20, log_every=5, checkpoint_every=10)
+    config.eval.retrieval.update(every=10, limit=64)
+    config.eval.zeroshot.limit = 64
   return config

@@ -13,12 +13,23 @@ import inspect
 from typing import Any
 
 from mmjax.eval.gain import Gain, GainResult
+from mmjax.eval.retrieval import Retrieval
 from mmjax.eval.vqa import Result, Vqa
+from mmjax.eval.zeroshot import ZeroShot
 from mmjax.names import closest
 
-EVALUATORS = {'gain': Gain, 'vqa': Vqa}
+EVALUATORS = {'gain': Gain, 'retrieval': Retrieval, 'vqa': Vqa, 'zeroshot': ZeroShot}
 
-__all__ = ['EVALUATORS', 'Gain', 'GainResult', 'Result', 'Vqa', 'build_evaluators']
+__all__ = [
+  'EVALUATORS',
+  'Gain',
+  'GainResult',
+  'Result',
+  'Retrieval',
+  'Vqa',
+  'ZeroShot',
+  'build_evaluators',
+]
 
 # What a section of config.eval may say, with `split` of the prepared data.
 _OURS = (

@@ -31,9 +31,9 @@ def write(workdir: str | os.PathLike, step: int, results: Mapping[str, Any]) -> 
 
   Args:
     results: by name of the evaluator, each with `.metrics`, `.predictions`,
-      `.published` and `.pictures` (see `mmjax.eval.vqa.Result`); or, with a page of its
-      own, `.metrics`, `.predictions`, `.page`, `.table` and `.same_as` (see
-      `mmjax.eval.gain.GainResult`).
+      `.published` and `.pictures` (see `mmjax.eval.vqa.Result`). One that is no list of
+      answers says itself what it shows: `.table`, `.same_as`, and `.page` (a page of
+      its own, `gain.GainResult`) or `.section` (of this one, `ranking.Ranking`).
 
   Returns:
     {'json': path, 'html': path, 'html/<name>': path of a page of its own}
@@ -85,7 +85,7 @@ def same_predictions(results: Mapping[str, Any], before: Mapping[str, Any]) -> s
   lines = []
   for name, result in sorted(results.items()):
     old = before['results'].get(name, {}).get('predictions', [])
-    if _has_page(result):
+    if hasattr(result, 'same_as'):
       lines.append(f'{name}: {result.same_as(old)}')
       continue
     old = {(r['index'], r['turn']): r for r in old}
@@ -102,7 +102,7 @@ def table(results: Mapping[str, Any]) -> str:
   """A few lines to print: each type's count and accuracies, and the verdict."""
   lines = []
   for name, result in sorted(results.items()):
-    if _has_page(result):
+    if hasattr(result, 'table'):
       lines.append(result.table(name))
       continue
     rows = [(name, 'questions', 'accuracy', 'shuffled', 'blank')]
@@ -159,6 +159,8 @@ def render(template: str, **values: Any) -> str:
 
 
 def _section(name: str, result: Any, pictures: 'Pictures') -> dict[str, Any]:
+  if hasattr(result, 'section'):
+    return result.section(name, pictures)
   records = result.predictions
   looks, words = verdict(records)
   hits = _hits(records)
@@ -180,6 +182,7 @@ def _section(name: str, result: Any, pictures: 'Pictures') -> dict[str, Any]:
   cards, counts = _cards(records, result.pictures, pictures)
   return {
     'name': name,
+    'template': None,
     'looks': looks,
     'verdict': words,
     'bars': bars,
