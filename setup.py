@@ -24,6 +24,7 @@ setuptools.setup(
     'absl-py',
     'array-record>=0.8',
     'flax>=0.12',
+    'gguf>=0.17',
     'grain>=0.2.16',
     'jax>=0.10',
     'jinja2',

@@ -4,7 +4,7 @@ import ast
 import pathlib
 
 ROOT = pathlib.Path(__file__).parents[1]
-CONTRACTS = {'batch', 'names', 'shape', 'sharding'}
+CONTRACTS = {'batch', 'files', 'names', 'shape', 'sharding'}
 MODEL_SIDE = [CONTRACTS, {'ops'}, {'nn'}, {'models'}, {'generate', 'interop'}]
 USERS = {'train', 'eval', 'plan'}
 
@@ -12,7 +12,7 @@ USERS = {'train', 'eval', 'plan'}
 def _allowed(room):
   """The rooms that a room may import from (itself included)."""
   if room == 'data':
-    return {'data', 'batch', 'names', 'shape'}
+    return {'data', 'batch', 'files', 'names', 'shape'}
   if room in USERS:
     return set.union(*MODEL_SIDE, USERS, {'data'})
   left = set()

@@ -35,6 +35,7 @@ class Source:
     if not path.exists():
       raise ValueError(f'{path}: no such directory')
     self.directory = path.parent if path.is_file() else path
+    self.config_name = f'{self.directory}/config.json'
     self.config = _json(self.directory / 'config.json')
     files = [path] if path.is_file() else self._files()
     self._slices = {}

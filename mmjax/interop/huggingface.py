@@ -12,7 +12,6 @@ exported gives the same bits.
 
 import difflib
 import fnmatch
-import functools
 import math
 import pathlib
 from typing import Any
@@ -22,13 +21,13 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from mmjax import sharding
 from mmjax.interop import files
 from mmjax.interop.families import FAMILIES, Family
 from mmjax.interop.leaf import Leaf, join
+from mmjax.interop.place import place
 from mmjax.models import ENCODERS, MODELS, build, fields_of, padding
 from mmjax.names import closest
 
@@ -62,23 +61,38 @@ def load(
     ValueError: what is missing, extra, of a wrong shape or type, unknown, damaged
       or a pickle; one line.
   """
-  if fields.get('scan') is False:
-    raise ValueError('load: layers come stacked; take `model.unscanned(params)` after it')
   source = files.Source(path)
-  family = _family(source)
   dtype = param_dtype or source.config.get('dtype') or source.config.get('torch_dtype')
   try:
     dtype = np.dtype(jnp.dtype(dtype or 'float32'))
   except TypeError as error:
     raise ValueError(f'{source.directory}: unknown dtype {dtype!r}') from error
-  try:
-    said = family.fields(source.config, source.names())
-  except KeyError as error:
-    raise ValueError(f'{source.directory}/config.json has no {error}') from error
-  model = _build(family, said, {'param_dtype': dtype.name, **fields})
-  shapes = _shapes(model)
-  leaves = _leaves(family, model, shapes, source.names())
-  _check(source, family, model, leaves, shapes, None if param_dtype else dtype)
+  stored = None if param_dtype else dtype
+  return assemble(source, family_of(source), dtype, stored, mesh, rules, fields)
+
+
+def assemble(
+  source: Any,
+  family: Family,
+  dtype: np.dtype,
+  stored: np.dtype | None,
+  mesh: Mesh | None,
+  rules: sharding.Rules | None,
+  fields: dict[str, Any],
+) -> tuple[nn.Module, dict[str, Any]]:
+  """The model that a source describes, and its parameters; see `load`.
+
+  Args:
+    source: as `interop.files.Source`.
+    dtype: of the parameters.
+    stored: which type the tensors must have; None = any floating one.
+  """
+  if fields.get('scan') is False:
+    raise ValueError('load: layers come stacked; take `model.unscanned(params)` after it')
+  model = model_of(source, family, param_dtype=dtype.name, **fields)
+  shapes = shapes_of(model)
+  leaves = leaves_of(family, model, shapes, source.names())
+  check(source, family, model, leaves, shapes, stored)
 
   if mesh is None:
     mesh = sharding.make_mesh({'data': 1}, jax.devices()[:1])
@@ -87,8 +101,7 @@ def load(
   rules = sharding.rules_for('dp') if rules is None else rules
   where = sharding.shardings(names, shapes, mesh, rules)
   params = {
-    leaf.ours: _place(source, leaf, shapes[leaf.ours], where[leaf.ours])
-    for leaf in leaves
+    leaf.ours: place(source, leaf, shapes[leaf.ours], where[leaf.ours]) for leaf in leaves
   }
   return model, flax.traverse_util.unflatten_dict(params, sep='/')
 
@@ -115,7 +128,7 @@ def export(
   """
   if not all(getattr(part, 'scan', True) for part in _parts(model)):
     raise ValueError('export: the layers are one by one; take the scanned model')
-  shapes = _shapes(model)
+  shapes = shapes_of(model)
   flat = flax.traverse_util.flatten_dict(params, sep='/')
   wrong = [
     k
@@ -128,7 +141,7 @@ def export(
   if whole:
     raise ValueError(f'export: {whole[0]} is spread over processes; gather it first')
   kind, family, said = _architecture(model, shapes)
-  leaves = _leaves(family, model, shapes, None)
+  leaves = leaves_of(family, model, shapes, None)
   groups: dict[tuple[str, int | None], list[Leaf]] = {}
   for leaf in leaves:
     for i in range(shapes[leaf.ours].shape[0]) if leaf.stacked else [None]:
@@ -153,8 +166,20 @@ def export(
   files.write(pathlib.Path(directory), said, sizes, tensors(), max_shard_bytes)
 
 
-def _build(family, said, given) -> nn.Module:
-  """The model; what is given and is no field of it goes to all parts that have it."""
+def model_of(source: Any, family: Family, **given: Any) -> nn.Module:
+  """The model that a source's config describes.
+
+  Args:
+    **given: fields over those; what is no field of the model goes to all parts that
+      have it.
+
+  Raises:
+    ValueError: the config lacks a key, or says what the model can't do.
+  """
+  try:
+    said = family.fields(source.config, source.names())
+  except KeyError as error:
+    raise ValueError(f'{source.config_name} has no {error}') from error
   known = fields_of((MODELS | ENCODERS)[family.model])
   own = {k: v for k, v in given.items() if k in known}
   shared = {k: v for k, v in given.items() if k not in known or k == 'param_dtype'}
@@ -175,12 +200,18 @@ def _parts(model: nn.Module):
       yield from _parts(getattr(model, name))
 
 
-def _shapes(model) -> dict[str, jax.ShapeDtypeStruct]:
+def shapes_of(model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes of a model's parameters by path."""
   made = jax.eval_shape(model.init, jax.random.key(0), padding(model))['params']
   return flax.traverse_util.flatten_dict(made, sep='/')
 
 
-def _family(source) -> Family:
+def family_of(source: files.Source) -> Family:
+  """The family of a directory.
+
+  Raises:
+    ValueError: an architecture that isn't known.
+  """
   kind = source.config.get('model_type')
   if kind not in FAMILIES:
     raise ValueError(
@@ -189,7 +220,7 @@ def _family(source) -> Family:
   return FAMILIES[kind]
 
 
-def _leaves(family, model, shapes, stored) -> list[Leaf]:
+def leaves_of(family, model, shapes, stored) -> list[Leaf]:
   """The leaves that the model has, under the names that the files use."""
   found = [leaf for leaf in family.table(model) if leaf.ours in shapes]
   if lost := sorted(set(shapes) - {leaf.ours for leaf in found}):
@@ -200,7 +231,7 @@ def _leaves(family, model, shapes, stored) -> list[Leaf]:
   return [Leaf(f.ours, theirs, f.axes, f.part) for f, theirs in zip(found, bare)]
 
 
-def _check(source, family, model, leaves, shapes, dtype) -> None:
+def check(source, family, model, leaves, shapes, dtype) -> None:
   """Compares the tensors there are with those there should be."""
   want = {}
   for leaf in leaves:
@@ -241,43 +272,6 @@ def _check(source, family, model, leaves, shapes, dtype) -> None:
     raise ValueError(f'{source.directory}: {"; ".join(sorted(problems)[:8])}{more}')
 
 
-def _place(source, leaf: Leaf, abstract, where: NamedSharding) -> jax.Array:
-  """The parameter on its devices."""
-
-  def put(theirs, shape, where):
-    held = {}  # devices that hold the same slice share one read
-
-    def read(index):
-      key = tuple((i.start, i.stop) for i in index)
-      if key not in held:
-        held[key] = leaf.take(theirs, shape, index).astype(abstract.dtype)
-      return held[key]
-
-    return jax.make_array_from_callback(shape, where, read)
-
-  if not leaf.stacked:
-    return put(source[leaf.theirs], abstract.shape, where)
-  L, *shape = abstract.shape
-  layer_where = NamedSharding(where.mesh, P(*where.spec[1:]))
-  stack = _zeros(abstract.shape, abstract.dtype, where)
-  for i in range(L):
-    layer = put(source[leaf.theirs.format(i)], tuple(shape), layer_where)
-    stack = _set(stack, layer, np.int32(i), where)
-  return stack
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _zeros(shape, dtype, where):
-  return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), where)
-
-
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _set(stack, layer, i, where):
-  """Writes one layer in place, so that the stack is there only once."""
-  stack = jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
-  return jax.lax.with_sharding_constraint(stack, where)
-
-
 def _architecture(model, shapes) -> tuple[str, Family, dict[str, Any]]:
   """The family whose config.json gives back this model."""
   reasons = []
@@ -291,7 +285,7 @@ def _architecture(model, shapes) -> tuple[str, Family, dict[str, Any]]:
     except ValueError as error:
       reasons.append(f'{kind} ({error})')
       continue
-    differ = list(_differences(model, again))
+    differ = list(differences(model, again))
     if not differ:
       return kind, family, config
     reasons.append(f'{kind} ({", ".join(differ)})')
@@ -301,11 +295,11 @@ def _architecture(model, shapes) -> tuple[str, Family, dict[str, Any]]:
   )
 
 
-def _differences(model: nn.Module, other: nn.Module, prefix: str = ''):
+def differences(model: nn.Module, other: nn.Module, prefix: str = ''):
   """The fields in which two models of one class are not the same, as text."""
   for k in fields_of(type(model)):
     a, b = getattr(model, k), getattr(other, k)
     if isinstance(a, nn.Module) and type(a) is type(b):
-      yield from _differences(a, b, f'{prefix}{k}.')
+      yield from differences(a, b, f'{prefix}{k}.')
     elif k not in _FREE and a != b:
       yield f'{prefix}{k}={a!r}, not {b!r}'
