@@ -37,7 +37,7 @@ def prepare(
   Args:
     source: see `sources`.
     out: the dataset's directory.
-    tokenizer: 'bytes', 'bpe:N' (trained on the first split) or a path.
+    tokenizer: 'bytes', 'bpe:N' (trained on the first split) or a path, see `tokenizer`.
     end: the tokenizer's end token, where it isn't one of the usual.
     splits: which splits to prepare; all by default.
     max_pixels: images above it are dropped.

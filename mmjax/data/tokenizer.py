@@ -4,11 +4,13 @@
   bytes       UTF-8 bytes and an end token: 257 ids, nothing to train or to load
   bpe:N       byte-level BPE of at most N ids, trained on the texts at hand
               (words keep the space before them; no merges across words)
-  a path      a `tokenizer.json` (tokenizers) or a SentencePiece `.model`
+  a path      a `tokenizer.json` (tokenizers), a SentencePiece `.model`, the tokenizer
+              inside a `.gguf`, a WordPiece `vocab.txt`; or package:NAME/FILE
 
 Text never turns into a special token, whatever it says: '<|end|>' in a document
-is seven characters. Nothing is added in front of or behind a text. `hash` tells
-two tokenizers apart by content.
+is seven characters, unless `encode` is told `special=True`, as templates of chats
+want. Nothing is added in front of or behind a text. `hash` tells two tokenizers
+apart by content.
 """
 
 import functools
@@ -16,7 +18,11 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from mmjax.data import vocabularies
+from mmjax.files import find
 
 END = '<|end|>'
 # In this order; the first that the vocabulary has is the end token.
@@ -35,8 +41,14 @@ class ByteTokenizer:
   def hash(self) -> str:
     return _hash(self.kind, b'', self.end_id)
 
-  def encode(self, text: str) -> list[int]:
+  def encode(self, text: str, special: bool = False) -> list[int]:
+    if special:
+      return _encode_special(self, text, {END: self.end_id})
     return list(text.encode())
+
+  def token_id(self, name: str) -> int | None:
+    """The id of a special token, None if there is none of this name."""
+    return self.end_id if name == END else None
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     return [self.encode(text) for text in texts]
@@ -71,6 +83,8 @@ class JsonTokenizer:
     self._tokenizer.encode_special_tokens = True  # text is text
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
+    added = self._tokenizer.get_added_tokens_decoder().items()
+    self._special = {token.content: i for i, token in added if token.special}
     self._short = functools.lru_cache(2**14)(self._encode)
     self._content = content
     self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
@@ -80,9 +94,15 @@ class JsonTokenizer:
   def hash(self) -> str:
     return _hash(self.kind, self._content, self.end_id)
 
-  def encode(self, text: str) -> list[int]:
+  def encode(self, text: str, special: bool = False) -> list[int]:
+    if special:
+      return _encode_special(self, text, self._special)
     # Questions and answers come again and again.
     return list(self._short(text) if len(text) < 128 else self._encode(text))
+
+  def token_id(self, name: str) -> int | None:
+    """The id of a special token, None if there is none of this name."""
+    return self._special.get(name)
 
   def _encode(self, text):
     return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -130,6 +150,11 @@ class SentencePieceTokenizer:
       end_id = self._processor.eos_id()
     self.end_id = _end_id(end_id, self._find, self.vocab_size, where)
 
+  def token_id(self, name: str) -> int | None:
+    """The id of a special token, None if there is none of this name."""
+    found = self._find(name)
+    return found if found is not None and self._processor.IsControl(found) else None
+
   def _find(self, piece: str) -> int | None:
     found = self._processor.PieceToId(piece)
     return found if self._processor.IdToPiece(found) == piece else None
@@ -138,7 +163,11 @@ class SentencePieceTokenizer:
   def hash(self) -> str:
     return _hash(self.kind, self._content, self.end_id)
 
-  def encode(self, text: str) -> list[int]:
+  def encode(self, text: str, special: bool = False) -> list[int]:
+    if special:
+      p = self._processor
+      control = filter(p.IsControl, range(self.vocab_size))
+      return _encode_special(self, text, {p.IdToPiece(i): i for i in control})
     return self._processor.EncodeAsIds(text)
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -213,21 +242,21 @@ def from_spec(
     if texts is None:
       raise ValueError(f'tokenizer {spec!r} needs texts to be trained on')
     return train_bpe(texts(), int(number))
-  path = pathlib.Path(spec)
-  if path.suffix not in ('.json', '.model'):
+  path = find(spec)
+  if path.suffix not in _READERS:
     raise ValueError(
-      f"tokenizer {spec!r}; choose 'bytes', 'bpe:N', or a path to a tokenizer.json or "
-      'a SentencePiece .model'
+      f"tokenizer {spec!r}; choose 'bytes', 'bpe:N', or a path to a tokenizer.json, "
+      'a SentencePiece .model, a .gguf or a WordPiece vocab.txt'
     )
-  cls = JsonTokenizer if path.suffix == '.json' else SentencePieceTokenizer
-  content = _read(path)
+  cls = SentencePieceTokenizer if path.suffix == '.model' else JsonTokenizer
+  content, end_id = _READERS[path.suffix](path)
   if end is None:
-    return cls(content, where=spec)
+    return cls(content, end_id, spec)
   probe = cls(content, end_id=0, where=spec)
-  find = probe._tokenizer.token_to_id if cls is JsonTokenizer else probe._find
-  if find(end) is None:
+  find_id = probe._tokenizer.token_to_id if cls is JsonTokenizer else probe._find
+  if find_id(end) is None:
     raise ValueError(f'{spec} has no token {end!r} to end texts with')
-  return cls(content, find(end), spec)
+  return cls(content, find_id(end), spec)
 
 
 def train_bpe(texts: Iterable[str], size: int) -> JsonTokenizer:
@@ -263,6 +292,16 @@ def _end_id(end_id, find, vocab_size: int, where: str) -> int:
   return end_id
 
 
+def _encode_special(tokenizer, text: str, special: Mapping[str, int]) -> list[int]:
+  """Ids of a text in which names of special tokens are these tokens."""
+  names = sorted(special, key=len, reverse=True)
+  parts = re.split(f'({"|".join(map(re.escape, names))})', text) if names else [text]
+  ids = []
+  for i, part in enumerate(parts):
+    ids += [special[part]] if i % 2 else tokenizer.encode(part)
+  return ids
+
+
 def _hash(kind: str, content: bytes, end_id: int) -> str:
   return hashlib.sha256(f'{kind} {end_id}\n'.encode() + content).hexdigest()
 
@@ -292,4 +331,11 @@ def _write_meta(directory, tokenizer: Tokenizer):
   _write(pathlib.Path(directory) / _META, content)
 
 
+# What a file's content means: a model or tokenizer.json, and its end token if it says.
+_READERS = {
+  '.json': lambda path: (_read(path), None),
+  '.model': lambda path: (_read(path), None),
+  '.gguf': vocabularies.of_gguf,
+  '.txt': lambda path: (vocabularies.of_wordpiece(path, _read(path)), None),
+}
 _FILES = {cls.kind: cls for cls in (JsonTokenizer, SentencePieceTokenizer)}

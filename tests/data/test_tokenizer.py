@@ -169,3 +169,11 @@ def test_load_refuses_missing_unknown_and_changed(tmp_path):
   (tmp_path / 'tokenizer_meta.json').write_text(json.dumps({**meta, 'kind': 'runes'}))
   with pytest.raises(ValueError, match="kind 'runes'; known"):
     lib.load(tmp_path)
+
+
+def test_sentencepiece_takes_special_tokens_where_asked(sentencepiece_file):
+  tokenizer = lib.from_spec(str(sentencepiece_file))
+  end, red = tokenizer.end_id, tokenizer.encode('red')
+  assert tokenizer.encode('red</s>', special=True) == [*red, end]
+  assert end not in tokenizer.encode('red</s>')
+  assert (tokenizer.token_id('</s>'), tokenizer.token_id('e')) == (end, None)
