@@ -223,6 +223,16 @@ def use(mesh: Mesh, rules: Rules):
     _rules.reset(token)
 
 
+@contextlib.contextmanager
+def outside():
+  """As outside of `use`, for shapes of a model that are asked for inside of it."""
+  token = _rules.set(None)
+  try:
+    yield
+  finally:
+    _rules.reset(token)
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   """Places an activation by the names of its axes; nothing outside of `use`.
 

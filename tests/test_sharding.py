@@ -232,3 +232,14 @@ def test_processes_load_the_rows_that_they_hold(monkeypatch, held, want):
     else:
       got.append(sharding.row_block(8, mesh, rules))
   assert want is None or got == want
+
+
+def test_outside_of_use_nothing_is_constrained():
+  mesh, rules = sharding.make_mesh({'data': 8}), sharding.rules_for('dp')
+  odd = jnp.zeros((3, 2))
+  with sharding.use(mesh, rules):
+    with sharding.outside():
+      assert sharding.constrain(odd, 'batch', None) is odd
+      assert sharding.parts('batch') == 1
+    with pytest.raises(ValueError, match="'batch' of size 3 does not divide"):
+      sharding.constrain(odd, 'batch', None)

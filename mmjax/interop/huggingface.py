@@ -32,7 +32,7 @@ from mmjax.models import ENCODERS, MODELS, build, fields_of, padding
 from mmjax.names import closest
 
 # Fields that change no parameter, and that a config.json says nothing of.
-_FREE = {
+FREE = {
   'dtype', 'param_dtype', 'dropout', 'remat', 'scan', 'chunk', 'reach', 'rope_sections',
 }  # fmt: skip
 
@@ -96,7 +96,8 @@ def assemble(
 
   if mesh is None:
     mesh = sharding.make_mesh({'data': 1}, jax.devices()[:1])
-  names = sharding.axis_names(model.init, jax.random.key(0), padding(model))['params']
+  with sharding.outside():
+    names = sharding.axis_names(model.init, jax.random.key(0), padding(model))['params']
   names = flax.traverse_util.flatten_dict(names, sep='/')
   rules = sharding.rules_for('dp') if rules is None else rules
   where = sharding.shardings(names, shapes, mesh, rules)
@@ -202,7 +203,8 @@ def _parts(model: nn.Module):
 
 def shapes_of(model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes of a model's parameters by path."""
-  made = jax.eval_shape(model.init, jax.random.key(0), padding(model))['params']
+  with sharding.outside():
+    made = jax.eval_shape(model.init, jax.random.key(0), padding(model))['params']
   return flax.traverse_util.flatten_dict(made, sep='/')
 
 
@@ -295,11 +297,11 @@ def _architecture(model, shapes) -> tuple[str, Family, dict[str, Any]]:
   )
 
 
-def differences(model: nn.Module, other: nn.Module, prefix: str = ''):
+def differences(model: nn.Module, other: nn.Module, prefix: str = '', free=FREE):
   """The fields in which two models of one class are not the same, as text."""
   for k in fields_of(type(model)):
     a, b = getattr(model, k), getattr(other, k)
     if isinstance(a, nn.Module) and type(a) is type(b):
-      yield from differences(a, b, f'{prefix}{k}.')
-    elif k not in _FREE and a != b:
+      yield from differences(a, b, f'{prefix}{k}.', free)
+    elif k not in free and a != b:
       yield f'{prefix}{k}={a!r}, not {b!r}'
