@@ -33,7 +33,7 @@ class Parts:
   accumulate:  microbatches that the step makes; 1, where the task makes them.
   optimizer:   `optim.Optimizer`.
   abstract:    `TrainState` of shapes with shardings.
-  init:        jitted, rng -> TrainState.
+  init:        jitted, (rng, given={path: parameter}) -> TrainState.
   """
 
   budget: Budget

@@ -27,8 +27,8 @@ from mmjax.sharding import RULES
 
 OPTIONAL = config_dict.placeholder
 # Sections whose keys are the fields of something else, which checks them itself.
-_OPEN = ('model', 'optim.options', 'data.image', 'data.budget.image', 'sharding.mesh',
-         'sharding.rules', 'eval')  # fmt: skip
+_OPEN = ('model', 'init', 'optim.options', 'data.image', 'data.budget.image',
+         'sharding.mesh', 'sharding.rules', 'eval')  # fmt: skip
 # What a resumed run may change: nothing of it changes the parameters' way
 # (`sharding` only by rounding).
 MAY_DIFFER = ('data.workers', 'data.path', 'data.max_bad_share', 'eval.', 'sharding.',
@@ -55,6 +55,7 @@ def defaults() -> ConfigDict:
         max_bad_share=0.01,
       ),
       model=dict(name='unified'),
+      init=dict(),  # by part of the model, or 'model': see mmjax.interop.pretrained
       optim=dict(
         name='adamw',
         learning_rate=1e-3,

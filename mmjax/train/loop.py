@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 import mmjax
 from mmjax import sharding
+from mmjax.interop import pretrained
 from mmjax.train import build as build_lib
 from mmjax.train import config as config_lib
 from mmjax.train import log as log_lib
@@ -129,7 +130,11 @@ class _Run:
     sharding.refuse_replicated(params, places, self.config.sharding.max_replicated)
     found = self.checkpoints.restore(parts.abstract, self._accept)
     if found is None:
-      return parts.init(jax.random.fold_in(jax.random.key(self.config.seed), 0))
+      given = pretrained.load_parts(parts.model, params, self.config.init.to_dict())
+      if given:
+        count = sum(x.size for x in given.values())
+        _log.info('%s parameters from %s', f'{count:,}', self.config.init.to_json())
+      return parts.init(jax.random.fold_in(jax.random.key(self.config.seed), 0), given)
     state, meta = found
     self.window = Window.from_json(meta['window'], jax.process_index() == 0)
     _log.info('going on from step %d of %s', meta['step'], self.workdir)

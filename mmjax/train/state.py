@@ -6,7 +6,7 @@ Adafactor's rows and columns) is small and whole on every device.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mmjax import sharding
-from mmjax.train.optim import Optimizer, merge
+from mmjax.train.optim import Optimizer, merge, paths
 
 
 @jax.tree_util.register_dataclass
@@ -93,7 +93,7 @@ def plan(
   make_optimizer: Callable[[Any, Any], Optimizer],
   mesh: Mesh,
   rules: sharding.Rules,
-) -> tuple[Optimizer, TrainState, Callable[[jax.Array], TrainState]]:
+) -> tuple[Optimizer, TrainState, Callable[..., TrainState]]:
   """Everything about the state without computing it.
 
   Args:
@@ -102,7 +102,8 @@ def plan(
 
   Returns:
     The optimizer; the state as `ShapeDtypeStruct`s with shardings; and the jitted
-    init, rng -> state, every leaf born in its place.
+    init, (rng, given={path: parameter}) -> state, every leaf born in its place; those
+    given, which it takes over, aren't drawn.
 
   Raises:
     ValueError: a parameter that doesn't fit the rules, or the optimizer's patterns.
@@ -113,12 +114,21 @@ def plan(
   param_shardings = sharding.shardings(names, params, mesh, rules)
   optimizer = make_optimizer(params, names)
 
-  def init(rng):
-    return create(init_params(rng), optimizer)
+  def init(rng, given):
+    return create(_replace(init_params(rng), given), optimizer)
 
-  abstract = jax.eval_shape(init, rng)
+  abstract = jax.eval_shape(init, rng, {})
   placed = shardings(abstract, param_shardings, optimizer, mesh)
   abstract = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed
   )
-  return optimizer, abstract, jax.jit(init, out_shardings=placed)
+  made = jax.jit(init, out_shardings=placed, donate_argnums=1)
+  return optimizer, abstract, lambda rng, given=None: made(rng, given or {})
+
+
+def _replace(params: Any, given: Mapping[str, jax.Array]) -> Any:
+  """The tree with leaves put in by path."""
+  leaves = [given.get(p, x) for p, x in zip(paths(params), jax.tree.leaves(params))]
+  if lost := given.keys() - set(paths(params)):
+    raise ValueError(f'there is no parameter {min(lost)}')
+  return jax.tree.unflatten(jax.tree.structure(params), leaves)
