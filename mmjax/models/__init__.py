@@ -24,6 +24,9 @@ from mmjax.models.late import Late
 from mmjax.models.text import Encoder
 from mmjax.models.unified import Unified
 from mmjax.names import closest
+from mmjax.nn.efficientnet import EfficientNet
+from mmjax.nn.nfnet import NFNet
+from mmjax.nn.resnet import ResNet
 from mmjax.nn.vit import Vit
 
 MODELS = {
@@ -34,7 +37,12 @@ MODELS = {
   'unified': Unified,
 }
 # Parts of models that take a bank of media, see `nn.features`.
-ENCODERS = {'vit': Vit}
+ENCODERS = {
+  'efficientnet': EfficientNet,
+  'nfnet': NFNet,
+  'resnet': ResNet,
+  'vit': Vit,
+}
 
 
 def build(name: str, *, shared: Mapping[str, Any] = {}, **fields: Any) -> nn.Module:  # noqa: B006
