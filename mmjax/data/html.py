@@ -3,8 +3,8 @@
   <h2>Blur</h2>            [heading] [text] [image] [text] | [heading] [text] [image]
   <p>These filters ...     '---------- page.html#0 -------'  '---- page.html#1 ------'
   <img src="a.png">
-  <p>A larger radius ...   a page is cut at the ends of paragraphs, before headings if
-                           it can be, into pieces of at most so many words and images
+  <p>A larger radius ...   a page is cut at the ends of paragraphs, before headings and
+                           images if it can be, into pieces of at most so many words
 
 What pages have around their content is left out (as in OBELICS, 2306.16527): navigation
 and scripts by their elements (see `data.page`), banners because the same picture, by its

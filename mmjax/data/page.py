@@ -186,9 +186,10 @@ def pieces(
 ) -> Iterator[list[Block]]:
   """Cuts a page into pieces of at most so many words and images.
 
-  Headings, and images with nothing after them, go on to the next piece if there is
-  room: text stands after what it is about. A block of too many words is first cut at
-  the ends of lines or sentences; where it can't be, it is a piece of its own.
+  A piece that is half full ends before a heading or an image, and those go on to the
+  next piece if there is room: text stands after what it is about. A block of too many
+  words is first cut at the ends of lines or sentences; where it can't be, it is a
+  piece of its own.
   """
   piece: list[Block] = []
 
@@ -197,8 +198,8 @@ def pieces(
     return few and sum(b.words for b in some) <= max_words
 
   for block in (part for whole in blocks for part in _cut(whole, max_words)):
-    section = block.kind == 'heading' and sum(b.words for b in piece) * 2 >= max_words
-    if piece and (section or not fits([*piece, block])):
+    begins = block.kind != 'text' and sum(b.words for b in piece) * 2 >= max_words
+    if piece and (begins or not fits([*piece, block])):
       rest = len(piece)
       while rest and piece[rest - 1].kind != 'text':
         rest -= 1

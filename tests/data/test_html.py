@@ -183,11 +183,13 @@ def test_pieces_are_whole_blocks_within_bounds():
         assert words > 20 or images.count('image') > 3
 
 
-def test_pieces_begin_with_headings():
+def test_pieces_begin_with_headings_and_images():
   text = Block('text', 'one two three four five')
   heading, image = Block('heading', 'h'), Block('image', 'a.png')
   got = list(pieces([text, heading, text, text, heading, image, text], 10, 2))
   assert got == [[text], [heading, text], [text], [heading, image, text]]
+  got = list(pieces([heading, text, image, text, image, image, text], 10, 2))
+  assert got == [[heading, text], [image, text], [image, image, text]]
 
 
 def test_long_text_is_cut_at_lines_or_sentences_or_dropped(tmp_path):
