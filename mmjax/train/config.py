@@ -27,8 +27,8 @@ from mmjax.sharding import RULES
 
 OPTIONAL = config_dict.placeholder
 # Sections whose keys are the fields of something else, which checks them itself.
-_OPEN = ('model', 'init', 'optim.options', 'data.image', 'data.budget.image',
-         'sharding.mesh', 'sharding.rules', 'eval')  # fmt: skip
+_OPEN = ('model', 'init', 'optim.options', 'data.options', 'data.image',
+         'data.budget.image', 'sharding.mesh', 'sharding.rules', 'eval')  # fmt: skip
 # What a resumed run may change: nothing of it changes the parameters' way
 # (`sharding` only by rounding).
 MAY_DIFFER = ('data.workers', 'data.path', 'data.max_bad_share', 'eval.', 'sharding.',
@@ -44,6 +44,7 @@ def defaults() -> ConfigDict:
       data=dict(
         source=OPTIONAL(str),  # what mmjax.data.prepare makes `path` from
         path=OPTIONAL(str),
+        options=dict(),  # of the source
         tokenizer='bytes',
         split='train',
         rows=8,  # rows of one step, over all devices and processes

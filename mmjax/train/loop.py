@@ -73,7 +73,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike, devices=None) -> str:
         config, 1, devices
       )  # what is wrong in the config is told before waiting
       _log.info('preparing %s in %s', config.data.source, config.data.path)
-      prepare(config.data.source, config.data.path, tokenizer=config.data.tokenizer)
+      plain = config.data.to_dict()
+      prepare(
+        plain['source'], plain['path'], tokenizer=plain['tokenizer'], **plain['options']
+      )
     processes.barrier('prepared')
     dataset = Dataset(config.data.path, config.data.split)
     _refuse_other_data(config, dataset.meta)
@@ -322,11 +325,13 @@ def _keep_config(config: ConfigDict, workdir: pathlib.Path, first: bool) -> None
 
 
 def _refuse_other_data(config: ConfigDict, meta: dict[str, Any]) -> None:
-  for key in ('source', 'tokenizer'):
-    if meta.get(key) not in (None, config.data[key]):
+  plain = config.data.to_dict()
+  keys = ('source', 'tokenizer', *(('options',) if plain['options'] else ()))
+  for key in keys:
+    if meta.get(key) not in (None, plain[key]):
       raise ValueError(
         f'{config.data.path} was prepared with {key} {meta[key]!r}, the config says'
-        f' {config.data[key]!r}; choose another config.data.path'
+        f' {plain[key]!r}; choose another config.data.path'
       )
 
 
