@@ -14,7 +14,7 @@ from mmjax.data.emoji import Emoji, _key
 def packages(tmp_path):
   """Three packages in little: a plain emoji, one with two skins, one without a name."""
   entries = [
-    dict(unified='1F600', image='1f600.png', category='Faces', subcategory='face-smiling'),
+    dict(unified='1F600', image='1f600.png', category='Faces', subcategory='smiling'),
     dict(
       unified='261D-FE0F', image='261d-fe0f.png', category='Body', subcategory='hand',
       skin_variations={'1F3FB': dict(unified='261D-1F3FB', image='261d-1f3fb.png')},
