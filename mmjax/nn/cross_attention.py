@@ -1,8 +1,8 @@
 """Slots that look at other slots: what resampler, pooling and cross-attention share.
 
 Queries come from x f[B, T, D], keys and values from media f[B, S, C]; those can be
-made once and used again, as in decoding. Who sees whom stands in tags; there are no
-biases, so what sees nothing gets exactly 0.
+made once and used again, as in decoding. Who sees whom stands in tags; without biases
+(of the attention) what sees nothing gets exactly 0.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ class Config:
   embed_dim: D, of the slots that look; media_dim: C, of what they look at.
   num_heads, head_dim, mlp_dim: N, H, F.
   activation, gated, bias: of the MLP, see `transformer.ACTIVATIONS` and `BIAS`.
+  attention_bias: of queries, keys, values and the attention's output.
   norm: of the layers made of these, see `nn.transformer`.
   out_scale: variance scale of the kernels that write to the residual stream.
   chunk: see `ops.attention.attend`.
@@ -42,6 +43,7 @@ class Config:
   activation: str = 'relu2'
   gated: bool = False
   bias: str = 'none'
+  attention_bias: bool = False
   norm: str = 'layer'
   out_scale: float = 1.0
   chunk: int = 512
@@ -80,21 +82,35 @@ class CrossAttention(nn.Module):
     self.key = make('key', (C, N, H), inner)
     self.value = make('value', (C, N, H), inner)
     self.out = make('out', (N, H, D), ('heads', 'head_dim', 'embed'), c.out_scale, 2)
+    if c.attention_bias:
+      zeros, heads = nn.initializers.zeros, ('heads', 'head_dim')
+      for name in ('query', 'key', 'value'):
+        bias = param(self, f'{name}_bias', zeros, (N, H), heads, c.param_dtype)
+        setattr(self, f'{name}_bias', bias)
+      self.out_bias = param(self, 'out_bias', zeros, (D,), ('embed',), c.param_dtype)
 
   def keys(self, media: jax.Array) -> KV:
     """media f[B, S, C] -> keys and values, each f[B, S, N, H]."""
 
-    def project(kernel):
-      return constrain(linear(media, kernel), 'batch', 'kv_seq', 'act_heads', None)
+    def project(name):
+      y = self._biased(linear(media, getattr(self, name)), name)
+      return constrain(y, 'batch', 'kv_seq', 'act_heads', None)
 
-    return KV(project(self.key), project(self.value))
+    return KV(project('key'), project('value'))
 
   def __call__(
     self, x: jax.Array, kv: KV, query_tags: QueryTags, key_tags: KeyTags
   ) -> jax.Array:
     """x f[B, T, D], kv from `keys`, tags i32[B, T] and i32[B, S] -> f[B, T, D]."""
     check('B T D', x, 'B S N H', kv.key, 'B T', query_tags.segment_ids)
-    q = constrain(linear(x, self.query), 'batch', 'seq', 'act_heads', None)
+    q = self._biased(linear(x, self.query), 'query')
+    q = constrain(q, 'batch', 'seq', 'act_heads', None)
     y = attend(q, kv.key, kv.value, query_tags, key_tags, chunk=self.config.chunk)
     y = constrain(y, 'batch', 'seq', 'act_heads', None)
-    return linear(y, self.out, 2)
+    return self._biased(linear(y, self.out, 2), 'out')
+
+  def _biased(self, y, name):
+    if not self.config.attention_bias:
+      return y
+    bias = getattr(self, f'{name}_bias').astype(y.dtype)
+    return y + bias[None, None]

@@ -36,6 +36,7 @@ class MediaProjection(nn.Module):
   embed_dim: int
   dtype: Any = 'float32'
   param_dtype: Any = 'float32'
+  bias: bool = True
 
   @nn.compact
   def __call__(self, values: jax.Array) -> jax.Array:
@@ -43,8 +44,10 @@ class MediaProjection(nn.Module):
     kernel = param(
       self, 'kernel', kernel_init(), (C, D), ('patch', 'embed'), self.param_dtype
     )
-    bias = param(self, 'bias', zeros, (D,), ('embed',), self.param_dtype)
     y = linear(pixels(values, self.dtype), kernel)
+    if not self.bias:
+      return y
+    bias = param(self, 'bias', zeros, (D,), ('embed',), self.param_dtype)
     return y + bias.astype(self.dtype)[None, None]
 
 

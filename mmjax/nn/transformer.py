@@ -111,7 +111,7 @@ class Config:
     """Variance scale of the kernels that write to the residual stream."""
     return 1 / (2 * self.num_layers)
 
-  def make_norm(self, name: str, axis: str = 'embed') -> nn.Module:
+  def make_norm(self, name: str | None = None, axis: str = 'embed') -> nn.Module:
     """A norm of this kind, over an axis of this name."""
     return NORMS[self.norm](self.norm_eps, self.param_dtype, axis, name=name)
 
@@ -318,6 +318,7 @@ class Transformer(nn.Module):
   """A stack of blocks and a final norm (which post_norm blocks need not)."""
 
   config: Config
+  final_norm: bool = True
 
   @nn.compact
   def __call__(
@@ -375,7 +376,9 @@ class Transformer(nn.Module):
         x, kv = block(c, not train, name=f'layer_{i}')(x, kv, *rest)
         new.append(kv)
       layers = None if layers is None else tuple(new)
-    return x if c.post_norm else c.make_norm('norm')(x), layers
+    if self.final_norm and not c.post_norm:
+      x = c.make_norm('norm')(x)
+    return x, layers
 
   def _in_groups(self, make, x, layers, rest, before, train):
     """A scan over groups of a scan over layers, on the same parameters [L, ...]."""

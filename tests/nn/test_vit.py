@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -106,22 +107,46 @@ def test_where_a_patch_is_matters(positions):
   assert not np.any((run(model, whole) != run(model, other))[0, 1])
 
 
-def test_equals_an_encoder_in_numpy():
-  """Pre-norm, biases, GELU: the encoder of 2010.11929, equations 1 to 4."""
+CLIP = dict(
+  pool='class', patch_bias=False, embedding_norm=True, activation='quick_gelu',
+  mean=(120.0, 110.0, 100.0), std=(60.0, 70.0, 80.0), norm_eps=1e-5,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    dict(pool='class'),
+    CLIP,
+    CLIP | dict(pool='none', class_token=True, final_norm=False),  # as in LLaVA
+    dict(pool='class', pooler=True, num_classes=5),
+  ],
+)
+def test_equals_an_encoder_in_numpy(fields):
+  """Pre-norm, biases: the encoder of 2010.11929, equations 1 to 4, and its kin."""
   from scipy.special import erf
 
-  model, made = Vit(**FIELDS, pool='class'), bank()
+  model, made = Vit(**FIELDS, **fields), bank()
   w = jax.tree.map(np.asarray, variables(model)['params'])
   w = jax.tree.map(lambda x: x + 0.1, w)  # no bias is 0
-  got = apply(model, {'params': w}, made)[0, 1]
+  got = model.apply({'params': w}, made)
 
   def norm(x, p):
     x = x - x.mean(-1, keepdims=True)
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * p['scale'] + p['bias']
+    x = x / np.sqrt((x * x).mean(-1, keepdims=True) + model.norm_eps)
+    return x * p['scale'] + p['bias']
 
-  pixels = made.values[0, made.items[0] == 2] / 127.5 - 1
-  x = pixels @ w['patch']['kernel'] + w['patch']['bias'] + w['position'].reshape(9, D)
-  x = np.concatenate([x, w['class'][None]])
+  def act(x):
+    if model.activation == 'quick_gelu':
+      return x / (1 + np.exp(-1.702 * x))
+    return x * (1 + erf(x / np.sqrt(2))) / 2
+
+  pixels = made.values[0, made.items[0] == 2].reshape(9, 2, 3)
+  pixels = (pixels - np.array(model.mean)) / np.array(model.std)
+  x = pixels.reshape(9, C) @ w['patch']['kernel'] + w['patch'].get('bias', 0)
+  x = np.concatenate([w['class'][None], x]) + w['position']
+  if model.embedding_norm:
+    x = norm(x, w['embed_norm'])
   for p in (
     jax.tree.map(lambda a, i=i: a[i], w['transformer']['layers']) for i in (0, 1)
   ):
@@ -134,9 +159,20 @@ def test_equals_an_encoder_in_numpy():
     weights /= weights.sum(-1, keepdims=True)
     x = x + np.einsum('nsh,nhd->sd', weights @ v, a['out']) + a['out_bias']
     h = norm(x, p['mlp_norm']) @ m['up'] + m['up_bias']
-    x = x + (h * (1 + erf(h / np.sqrt(2))) / 2) @ m['down'] + m['down_bias']
-  want = norm(x, w['transformer']['norm'])[-1]
-  np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.abs(want).max())
+    x = x + act(h) @ m['down'] + m['down_bias']
+  if model.final_norm:
+    x = norm(x, w['transformer']['norm'])
+  pairs = [(got.values[0, made.items[0] == 2], x[1:])]
+  if model.pool == 'class':
+    pooled = x[0]
+    if model.pooler:
+      pooled = np.tanh(pooled @ w['pool_dense']['kernel'] + w['pool_dense']['bias'])
+    pairs.append((got.pooled[0, 1], pooled))
+  if model.num_classes:
+    logits = model.apply({'params': w}, got.pooled, method='logits')
+    pairs.append((logits[0, 1], pooled @ w['head']['kernel'] + w['head']['bias']))
+  for ours, want in pairs:
+    np.testing.assert_allclose(ours, want, rtol=0, atol=2e-5 * np.abs(want).max())
 
 
 def test_scan_and_remat_change_no_number():
@@ -183,15 +219,14 @@ def test_sizes_of_the_paper():
     )  # fmt: skip
     made = jax.eval_shape(model.init, jax.random.key(0), empty)
     count = sum(x.size for x in jax.tree.leaves(made))
-    # Theirs has a position for the class token too, which can be part of the token.
-    assert count == want - fields['embed_dim']
+    assert count == want
 
 
 def test_every_parameter_has_names():
   init = functools.partial(Vit(**FIELDS, pool='map').init, jax.random.key(0))
   names = sharding.axis_names(init, bank())['params']
-  assert tuple(names['position']) == ('patch', None, 'embed')
-  assert tuple(names['pool']['attention']['key']) == ('embed', 'heads', 'head_dim')
+  assert tuple(names['position']) == ('patch', 'embed')
+  assert tuple(names['map_head']['attention']['key']) == ('embed', 'heads', 'head_dim')
 
 
 @pytest.mark.parametrize('pool', ['class', 'map'])
@@ -210,7 +245,10 @@ def test_bridges_to_nnx(pool):
     (dict(positions='rotery'), "unknown positions 'rotery'; did you mean 'rotary'"),
     (dict(pool='cls'), "unknown pool 'cls'"),
     (dict(num_heads=3), 'embed_dim=16 does not divide over num_heads=3'),
-    (dict(pool='class', reach=4), "pool='class' needs reach=None"),
+    (dict(pool='class', reach=4), 'a class token needs reach=None'),
+    (dict(class_token=True, reach=4), 'a class token needs reach=None'),
+    (dict(pooler=True), "pooler and num_classes need a pool, not 'none'"),
+    (dict(num_classes=2), "pooler and num_classes need a pool, not 'none'"),
     (dict(channels=5), 'patches have 6 channels, ViT takes 5'),
     (dict(remat='ful'), "remat='ful' is none of"),
   ],
@@ -218,3 +256,13 @@ def test_bridges_to_nnx(pool):
 def test_refuses(change, message):
   with pytest.raises(ValueError, match=message):
     Vit(**FIELDS | change).init(jax.random.key(0), bank())
+
+
+def test_bytes_have_colours_and_logits_a_head():
+  made = bank()
+  odd = dataclasses.replace(made, values=made.values[..., :5])
+  with pytest.raises(ValueError, match='bytes have three colours, channels=5'):
+    Vit(**FIELDS | dict(channels=5)).init(jax.random.key(0), odd)
+  with pytest.raises(ValueError, match='built with num_classes=0'):
+    nothing = np.zeros((1, D), np.float32)
+    Vit(**FIELDS).apply(variables(Vit(**FIELDS)), nothing, method='logits')
