@@ -57,7 +57,8 @@ class Dual(nn.Module):
     temperature_init: logits are cosine / temperature + bias, with both learned;
       1 / temperature is at most `max_scale`.
     bias_init: SigLIP begins at -10, with temperature 0.1; InfoNCE doesn't use it.
-    dtype, param_dtype: of the projections.
+    logit_bias: whether there is a bias; CLIP has none.
+    dtype, param_dtype: of the projections; the latter also of temperature and bias.
   """
 
   vision: nn.Module
@@ -70,6 +71,7 @@ class Dual(nn.Module):
   projection_bias: bool = False
   temperature_init: float = 0.07
   bias_init: float = 0.0
+  logit_bias: bool = True
   max_scale: float = 100.0
   dtype: Any = 'float32'
   param_dtype: Any = 'float32'
@@ -99,9 +101,10 @@ class Dual(nn.Module):
     if self.text_projection:
       self.text_out = Projection(**made)
     log_scale = nn.initializers.constant(-math.log(self.temperature_init))
-    self.log_scale = param(self, 'log_scale', log_scale, (), ())
-    bias = nn.initializers.constant(self.bias_init)
-    self.bias = param(self, 'bias', bias, (), ())
+    self.log_scale = param(self, 'log_scale', log_scale, (), (), self.param_dtype)
+    if self.logit_bias:
+      bias = nn.initializers.constant(self.bias_init)
+      self.bias = param(self, 'bias', bias, (), (), self.param_dtype)
 
   def __call__(self, batch: PackedBatch, *, train: bool = False) -> Pairs:
     """Embeds the pairs of a batch.
@@ -170,7 +173,8 @@ class Dual(nn.Module):
   def temperature(self) -> tuple[jax.Array, jax.Array]:
     """(scale, bias), f32[]: logits are scale * cosine + bias."""
     scale = clipped_exp(self.log_scale, self.max_scale)
-    return scale, self.bias.astype(jnp.float32)
+    bias = self.bias if self.logit_bias else jnp.zeros(())
+    return scale, bias.astype(jnp.float32)
 
   def slots(self, item: Item) -> tuple[int, int, int]:
     """The grid of stream slots an item takes: none."""
