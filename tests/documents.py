@@ -22,8 +22,8 @@ def random_document(rng, spans, vocab=40, channels=6, max_text=5):
   return document
 
 
-def length(document, markers=False):
-  media = 1 if markers else 0
+def length(document, markers=0):
+  media = int(markers)
   return sum(
     len(s[1]) if s[0] == 'text' else media or s[1][..., 0].size for s in document
   )
@@ -36,7 +36,7 @@ def patches(document):
 def pack(rows, T=48, P=48, I=8, channels=6, markers=False):
   """A batch of NumPy arrays from rows (lists) of documents; one shape for all tests.
 
-  An image takes a slot of the stream per patch, or one with `markers`.
+  An image takes a slot of the stream per patch, or as many as `markers` says.
   """
   batch = Budget(T, T, {'image': BankBudget(P, I, channels)}).empty(len(rows))
   for b, row in enumerate(rows):
@@ -64,13 +64,14 @@ def pack(rows, T=48, P=48, I=8, channels=6, markers=False):
           s.tokens[here] = PLACEHOLDER['image']
           s.order[here] = s.last[here] = order
           grid = np.stack(np.meshgrid([0], range(r), range(c), indexing='ij'), -1)
-          s.positions[here] = position + (0 if markers else grid.reshape(-1, 3))
-          s.source[here] = (i if markers else p) + np.arange(n)
+          latents = np.arange(n)[:, None] * np.array([[0, 0, 1]])
+          s.positions[here] = position + (latents if markers else grid.reshape(-1, 3))
+          s.source[here] = (i * n if markers else p) + np.arange(n)
           bank.values[there] = values.reshape(r * c, C)
           bank.items[there] = i + 1
           bank.positions[there] = grid.reshape(-1, 3)
           bank.item_segments[b, i], bank.item_order[b, i] = segment, order
-          position += 1 if markers else max(r, c)
+          position += n if markers else max(r, c)
           order, p, i = order + 1, p + r * c, i + 1
         t += n
       if branch:

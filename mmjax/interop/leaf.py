@@ -6,7 +6,7 @@
 
 Axes in parentheses are one axis of theirs, the first the slowest. A number is the
 count of things fused in one tensor, of which the leaf is `part`: GPT-2's query is
-'D (3 N H) -> D N H', part 0. With {} in their name, ours are stacked, [L, ...].
+'D (3 N H) -> D N H', part 0, Persimmon's '(N 3 H) D -> D N H'. With {} in their name, ours are stacked, [L, ...].
 Only moves of numbers can be said this way, so every leaf goes back bit by bit:
 `take` makes any slice of ours from the slice of theirs that holds it, `give` makes
 theirs of ours.
@@ -34,11 +34,8 @@ class Leaf:
 
   def __post_init__(self):
     letters = [a for group in self._groups for a in group if not a.isdigit()]
-    fused = [a for group in self._groups for a in group[1:] if a.isdigit()]
     if sorted(letters) != sorted(self._letters) or len(set(letters)) < len(letters):
       raise ValueError(f"{self.ours}: '{self.axes}' has not the same axes on both sides")
-    if fused:
-      raise ValueError(f"{self.ours}: '{self.axes}': a number must head its parentheses")
 
   @property
   def stacked(self) -> bool:
@@ -118,6 +115,11 @@ def join(leaves: Sequence[Leaf], arrays: Mapping[str, np.ndarray]) -> np.ndarray
   """Their tensor of all leaves that are parts of it; arrays by our paths."""
   leaves = sorted(leaves, key=lambda leaf: leaf.part)
   parts = [leaf.give(arrays[leaf.ours]) for leaf in leaves]
-  fused = [any(a.isdigit() for a in group) for group in leaves[0]._groups]
-  whole = np.concatenate(parts, fused.index(True)) if any(fused) else parts[0]
-  return np.ascontiguousarray(whole)
+  for axis, group in enumerate(leaves[0]._groups):
+    if number := next((a for a in group if a.isdigit()), None):
+      sizes = leaves[0]._sizes(arrays[leaves[0].ours].shape)
+      slower = math.prod(sizes[a] for a in group[: group.index(number)])
+      before, after = parts[0].shape[:axis], parts[0].shape[axis + 1 :]
+      apart = [x.reshape(*before, slower, -1, *after) for x in parts]
+      return np.stack(apart, axis + 1).reshape(*before, -1, *after)
+  return np.ascontiguousarray(parts[0])

@@ -19,6 +19,7 @@ import flax.linen as nn
 
 from mmjax.batch import Bank, BankBudget, Budget, PackedBatch
 from mmjax.models.dual import Dual
+from mmjax.models.encoded import Encoded
 from mmjax.models.flamingo import Flamingo
 from mmjax.models.late import Late
 from mmjax.models.text import Encoder
@@ -26,11 +27,13 @@ from mmjax.models.unified import Unified
 from mmjax.names import closest
 from mmjax.nn.efficientnet import EfficientNet
 from mmjax.nn.nfnet import NFNet
+from mmjax.nn.projector import LinearProjector, MlpProjector, ResamplerProjector
 from mmjax.nn.resnet import ResNet
 from mmjax.nn.vit import Vit
 
 MODELS = {
   'dual': Dual,
+  'encoded': Encoded,
   'encoder': Encoder,
   'flamingo': Flamingo,
   'late': Late,
@@ -42,6 +45,12 @@ ENCODERS = {
   'nfnet': NFNet,
   'resnet': ResNet,
   'vit': Vit,
+}
+# Parts between an encoder and a language model, see `nn.projector`.
+PROJECTORS = {
+  'linear': LinearProjector,
+  'mlp': MlpProjector,
+  'resampler': ResamplerProjector,
 }
 
 
@@ -98,7 +107,8 @@ def part_of(want: Any, fields: Mapping[str, Any], where: str = 'part') -> type |
   """
   if not (isinstance(want, type) and issubclass(want, nn.Module)):
     return None
-  parts = {k: v for k, v in (MODELS | ENCODERS).items() if issubclass(v, want)}
+  parts = MODELS | ENCODERS | PROJECTORS
+  parts = {k: v for k, v in parts.items() if issubclass(v, want)}
   if 'name' not in fields and len(parts) <= 1:
     return next(iter(parts.values()), want)
   if fields.get('name') not in parts:

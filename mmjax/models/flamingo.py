@@ -27,8 +27,9 @@ from mmjax.models.unified import Unified
 from mmjax.names import closest
 from mmjax.nn import cross_attention
 from mmjax.nn.cache import KV, Cache
+from mmjax.nn.features import bank_of
 from mmjax.nn.gated_xattn import GATES, GatedCrossAttention, latent_tags, look_at
-from mmjax.nn.markers import bank_of, item_tags, words
+from mmjax.nn.markers import item_tags, words
 from mmjax.nn.resampler import Resampler
 from mmjax.nn.transformer import REMAT, Before
 

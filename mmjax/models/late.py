@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from mmjax.batch import Bank, Item, KeyTags, PackedBatch, Stream, visible
 from mmjax.models.unified import Unified
 from mmjax.nn.cache import Cache
+from mmjax.nn.features import bank_of
 from mmjax.nn.gated_xattn import look_at
-from mmjax.nn.markers import bank_of, item_tags, words
+from mmjax.nn.markers import item_tags, words
 from mmjax.nn.transformer import kernel_init
 from mmjax.ops.linear import linear
 from mmjax.sharding import constrain, param

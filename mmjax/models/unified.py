@@ -12,6 +12,8 @@ Without media it is a language model, and its fields make it that of Llama, Qwen
 Gemma or GPT-2 (see `nn.transformer` and `interop.huggingface`).
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -47,7 +49,8 @@ class Unified(nn.Module):
     scan: one stacked layer, scanned, or layers one by one.
     chunk, reach: of attention, see `ops.attention.attend`.
     max_positions: > 0 adds a learned vector per position; NaN from there on.
-    rotary: rotary positions; rope_base, rope_sections: see `ops.positions`.
+    rotary: rotary positions, in the first rotary_dim entries of a head (None = all);
+      rope_base, rope_sections: see `ops.positions`.
     dtype: of compute; param_dtype: of storage.
   """
 
@@ -75,6 +78,7 @@ class Unified(nn.Module):
   chunk: int = 512
   reach: int | tuple[int, int] | None = None
   rotary: bool = True
+  rotary_dim: int | None = None
   rope_base: float = 10_000.0
   rope_sections: tuple[int, int, int] | None = None
   norm_eps: float = 1e-6
@@ -112,18 +116,24 @@ class Unified(nn.Module):
       self.head = param(self, 'head', kernel_init(), shape, axes, self.param_dtype)
 
   def __call__(
-    self, batch: PackedBatch, *, train: bool = False, before: Before | None = None
+    self,
+    batch: PackedBatch,
+    *,
+    train: bool = False,
+    ready: Mapping[str, jax.Array] = MappingProxyType({}),
+    before: Before | None = None,
   ) -> jax.Array:
     """Hidden states after the final norm, f[B, T, D].
 
     Args:
+      ready: by kind, what media slots take as it is, f[B, P, D]; not of `media`.
       before: what is put between the layers, see `nn.transformer.Before`.
 
     Raises:
       ValueError: media that are not the model's.
     """
     s = batch.stream
-    x = self.drop(self.embed(batch), deterministic=not train)
+    x = self.drop(self.embed(batch, ready), deterministic=not train)
     hidden, _ = self.transformer(
       x, s.positions, s.query_tags, s.key_tags, train=train, before=before
     )
@@ -135,6 +145,7 @@ class Unified(nn.Module):
     cache: Cache,
     slot: jax.Array | int,
     before: Before | None = None,
+    ready: Mapping[str, jax.Array] = MappingProxyType({}),
   ) -> tuple[jax.Array, Cache]:
     """Runs new slots against the cache: f[B, T, D] and the cache with them written.
 
@@ -142,12 +153,12 @@ class Unified(nn.Module):
       batch: the next T slots of every row (all of an image's, or none).
       cache: of S >= slot + T slots, from `empty_cache`.
       slot: where the new slots are written.
-      before: as in `__call__`.
+      before, ready: as in `__call__`.
     """
     s = batch.stream
     tags = write(cache.tags, s.key_tags, slot)
     hidden, layers = self.transformer(
-      self.embed(batch),
+      self.embed(batch, ready),
       s.positions,
       s.query_tags,
       tags,

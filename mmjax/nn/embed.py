@@ -9,6 +9,7 @@ the bank, through one linear projection per media kind (Fuyu-8B, Adept 2023):
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -51,6 +52,13 @@ class MediaProjection(nn.Module):
     return y + bias.astype(self.dtype)[None, None]
 
 
+def _gather(x, here, source, media):
+  """x f[B, T, D] with the media f[B, P, D] that `source` names where `here`."""
+  source = jnp.clip(source, 0, media.shape[1] - 1)
+  slots = jnp.take_along_axis(media, source[..., None], 1)
+  return jnp.where(here[..., None], slots, x)
+
+
 class StreamEmbed(nn.Module):
   """A `PackedBatch` to the residual stream.
 
@@ -84,10 +92,15 @@ class StreamEmbed(nn.Module):
       shape, axes = (1 + len(self.media), D), (None, 'embed')
       self.kinds = param(self, 'modality', normal, shape, axes, self.param_dtype)
 
-  def __call__(self, batch: PackedBatch) -> jax.Array:
+  def __call__(
+    self, batch: PackedBatch, ready: Mapping[str, jax.Array] = MappingProxyType({})
+  ) -> jax.Array:
     """Returns f[B, T, D]; the batch may lack a kind that the model has.
 
     A slot at a position that has no vector is NaN, rather than silently wrong.
+
+    Args:
+      ready: by kind, f[B, P, D] that media slots take by `source` as they are.
 
     Raises:
       ValueError: a kind of media or its channels is not the model's.
@@ -105,11 +118,11 @@ class StreamEmbed(nn.Module):
         values = batch.bank[kind].values
       else:
         values = jnp.zeros((len(stream.tokens), 1, channels), self.dtype)
-      patches = self.projections[kind](values)
-      source = jnp.clip(stream.source, 0, patches.shape[1] - 1)
-      slots = jnp.take_along_axis(patches, source[..., None], 1)
-      x = jnp.where(here[..., None], slots, x)
+      x = _gather(x, here, stream.source, self.projections[kind](values))
       kind_ids = jnp.where(here, i + 1, kind_ids)
+    for kind, made in ready.items():
+      here = stream.tokens == PLACEHOLDER[kind]
+      x = _gather(x, here, stream.source, made.astype(self.dtype))
     if self.max_positions:
       # Below 0 would count from the end; both ways out of the table are filled.
       here = stream.positions[..., 0]

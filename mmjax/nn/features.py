@@ -18,6 +18,9 @@ and tokens stand item after item, in reading order.
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+
+from mmjax.batch import Bank, PackedBatch
 
 
 class Features(NamedTuple):
@@ -33,3 +36,24 @@ class Features(NamedTuple):
   items: jax.Array
   positions: jax.Array
   pooled: jax.Array | None = None
+
+
+def bank_of(batch: PackedBatch, media: tuple[tuple[str, int], ...]) -> Bank:
+  """The bank of a model's one kind of media; one of padding if the batch has none.
+
+  Args:
+    media: ((kind, channels),).
+
+  Raises:
+    ValueError: the batch has media of another kind.
+  """
+  [(kind, channels)] = media
+  for other in batch.bank:
+    if other != kind:
+      raise ValueError(f'batch has media {other!r}, the model looks at {kind!r}')
+  if kind in batch.bank:
+    return batch.bank[kind]
+  B = len(batch.stream.tokens)
+  zeros = jnp.zeros((B, 1), jnp.int32)
+  values = jnp.zeros((B, 1, channels), jnp.uint8)
+  return Bank(values, zeros, jnp.zeros((B, 1, 3), jnp.int32), zeros, zeros)

@@ -14,29 +14,6 @@ import jax.numpy as jnp
 
 from mmjax.batch import FOREVER, PLACEHOLDER, Bank, KeyTags, PackedBatch, Stream
 
-Media = tuple[tuple[str, int], ...]
-
-
-def bank_of(batch: PackedBatch, media: Media) -> Bank:
-  """The bank of the model's one kind of media; one of padding if the batch has none.
-
-  Args:
-    media: ((kind, channels),)
-
-  Raises:
-    ValueError: the batch has another kind.
-  """
-  [(kind, channels)] = media
-  for other in batch.bank:
-    if other != kind:
-      raise ValueError(f'batch has media {other!r}, the model looks at {kind!r}')
-  if kind in batch.bank:
-    return batch.bank[kind]
-  B = len(batch.stream.tokens)
-  zeros = jnp.zeros((B, 1), jnp.int32)
-  values = jnp.zeros((B, 1, channels), jnp.uint8)
-  return Bank(values, zeros, jnp.zeros((B, 1, 3), jnp.int32), zeros, zeros)
-
 
 def item_tags(
   stream: Stream, bank: Bank, kind: str, old: KeyTags | None = None

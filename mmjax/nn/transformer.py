@@ -10,6 +10,7 @@ Fields of `Config` make of it the other layers there are:
   Qwen2     rms         qkv   yes    yes     no         silu
   Gemma     rms_offset  none  yes    yes     no         gelu_tanh
   GPT-2     layer       all   no     no      no         gelu_tanh
+  Persimmon layer       all   no     half    no         relu2
   ViT       layer       all   no     no      no         gelu
   CLIP      layer       all   no     no      no         quick_gelu
   BERT      layer       all   no     no      yes        gelu
@@ -80,6 +81,7 @@ class Config:
   chunk: int = 512
   reach: int | tuple[int, int] | None = None
   rotary: bool = True
+  rotary_dim: int | None = None
   rope_base: float = 10_000.0
   rope_sections: Sections | None = None
   norm_eps: float = 1e-6
@@ -99,6 +101,10 @@ class Config:
       raise ValueError(
         f'num_heads={self.num_heads} does not divide over'
         f' num_kv_heads={self.num_kv_heads}'
+      )
+    if self.rotary_dim is not None and not 0 < self.rotary_dim <= self.head_dim:
+      raise ValueError(
+        f'rotary_dim={self.rotary_dim} is not in 1..head_dim={self.head_dim}'
       )
 
   @classmethod
@@ -349,7 +355,8 @@ class Transformer(nn.Module):
     c = self.config
     angles = None
     if c.rotary:
-      angles = rotary_angles(positions, c.head_dim, c.rope_base, c.rope_sections)
+      width = c.rotary_dim or c.head_dim
+      angles = rotary_angles(positions, width, c.rope_base, c.rope_sections)
     block = Block
     if c.remat != 'none' and layers is None:
       block = nn.remat(block, prevent_cse=not c.scan, policy=REMAT[c.remat])

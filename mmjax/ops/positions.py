@@ -66,11 +66,16 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 
   Args:
     x: f[B, T, N, H]
-    angles: from `rotary_angles`.
+    angles: from `rotary_angles`, of H/2 pairs; or of fewer, and then what is left of
+      the head stays as it is (GPT-NeoX, 2204.06745).
 
   Returns:
     f[B, T, N, H] of x's dtype.
   """
   cos, sin = (a[:, :, None] for a in angles)
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+  R = 2 * cos.shape[-1]
+  a, b = jnp.split(x[..., :R].astype(jnp.float32), 2, axis=-1)
+  turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+  if x.shape[-1] == R:
+    return turned
+  return jnp.concatenate([turned, x[..., R:]], -1)
