@@ -10,6 +10,7 @@ together stands in `interop.families`, in both directions at once; loading what 
 exported gives the same bits.
 """
 
+import dataclasses
 import difflib
 import fnmatch
 import math
@@ -227,10 +228,9 @@ def leaves_of(family, model, shapes, stored) -> list[Leaf]:
   found = [leaf for leaf in family.table(model) if leaf.ours in shapes]
   if lost := sorted(set(shapes) - {leaf.ours for leaf in found}):
     raise ValueError(f'the architecture has no weights for {", ".join(lost)}')
-  if stored is None or any(name.startswith(family.prefix) for name in stored):
+  if stored is None:
     return found
-  bare = (leaf.theirs.removeprefix(family.prefix) for leaf in found)
-  return [Leaf(f.ours, theirs, f.axes, f.part) for f, theirs in zip(found, bare)]
+  return [dataclasses.replace(f, theirs=family.spell(f.theirs, stored)) for f in found]
 
 
 def check(source, family, model, leaves, shapes, dtype) -> None:
@@ -241,9 +241,10 @@ def check(source, family, model, leaves, shapes, dtype) -> None:
     for i in range(shape[0]) if leaf.stacked else [None]:
       want[leaf.theirs.format(i)] = leaf.their_shape(shape[leaf.stacked :])
   there = source.names()
-  ignored = list(family.ignored)
-  if 'head' not in shapes:  # tied: a copy of the table says nothing new
-    ignored += [leaf.theirs for leaf in family.table(model) if leaf.ours == 'head']
+  ignored = list(family.unused(model))
+  for leaf in family.table(model):  # tied: a copy of the table says nothing new
+    if leaf.ours.rpartition('/')[2] == 'head' and leaf.ours not in shapes:
+      ignored.append(family.spell(leaf.theirs, there))
   extra = [
     name
     for name in sorted(there - want.keys())
@@ -280,9 +281,9 @@ def _architecture(model, shapes) -> tuple[str, Family, dict[str, Any]]:
   for kind, family in FAMILIES.items():
     if not isinstance(model, (MODELS | ENCODERS)[family.model]):
       continue
-    config = family.config(model)
-    names = {leaf.theirs for leaf in family.table(model) if leaf.ours in shapes}
     try:
+      config = family.config(model)
+      names = {leaf.theirs for leaf in family.table(model) if leaf.ours in shapes}
       again = build(family.model, **family.fields(config, names))
     except ValueError as error:
       reasons.append(f'{kind} ({error})')

@@ -6,7 +6,8 @@
 
 Axes in parentheses are one axis of theirs, the first the slowest. A number is the
 count of things fused in one tensor, of which the leaf is `part`: GPT-2's query is
-'D (3 N H) -> D N H', part 0, Persimmon's '(N 3 H) D -> D N H'. With {} in their name, ours are stacked, [L, ...].
+'D (3 N H) -> D N H', part 0, Persimmon's '(N 3 H) D -> D N H'. With {} in
+their name, ours are stacked, [L, ...].
 Only moves of numbers can be said this way, so every leaf goes back bit by bit:
 `take` makes any slice of ours from the slice of theirs that holds it, `give` makes
 theirs of ours.

@@ -68,6 +68,7 @@ class Encoder(nn.Module):
   chunk: int = 512
   reach: int | tuple[int, int] | None = None
   rotary: bool = False
+  rotary_dim: int | None = None
   rope_base: float = 10_000.0
   rope_sections: tuple[int, int, int] | None = None
   norm_eps: float = 1e-12

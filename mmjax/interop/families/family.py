@@ -22,6 +22,7 @@ ACTIVATIONS = {
   'gelu_tanh': 'gelu_pytorch_tanh',
   'quick_gelu': 'quick_gelu',
   'relu': 'relu',
+  'relu2': 'relu2',
 }
 _THEIRS = {
   **{theirs: ours for ours, theirs in ACTIVATIONS.items()},
@@ -38,7 +39,10 @@ class Family:
     model: which of ours, a name that `mmjax.models.build` knows.
     prefix: of their names, absent where the model was saved without its head.
     leaves: the table, or what makes it for a model.
-    ignored: patterns of tensors that say nothing that the model doesn't know.
+    ignored: patterns of tensors that say nothing that the model doesn't know, or what
+      makes them for a model.
+    aliases: pairs of beginnings of names: where the files have no name that begins with
+      the first, the second stands for it.
     fields: (config, names of tensors) -> fields of ours.
     config: our model -> config, without model_type and dtype.
   """
@@ -46,13 +50,27 @@ class Family:
   model: str
   prefix: str
   leaves: tuple[Leaf, ...] | Callable[[nn.Module], tuple[Leaf, ...]]
-  ignored: tuple[str, ...]
+  ignored: tuple[str, ...] | Callable[[nn.Module], tuple[str, ...]]
   fields: Callable[[dict[str, Any], Set[str]], dict[str, Any]]
   config: Callable[[nn.Module], dict[str, Any]]
+  aliases: tuple[tuple[str, str], ...] = ()
 
   def table(self, model: nn.Module) -> tuple[Leaf, ...]:
     """The leaves for a model (and maybe some that it hasn't)."""
     return self.leaves(model) if callable(self.leaves) else self.leaves
+
+  def unused(self, model: nn.Module) -> tuple[str, ...]:
+    """Patterns of tensors that this model leaves where they are."""
+    return self.ignored(model) if callable(self.ignored) else self.ignored
+
+  def spell(self, name: str, stored: Set[str]) -> str:
+    """A name of the table as the files have it."""
+    if self.prefix and not any(s.startswith(self.prefix) for s in stored):
+      name = name.removeprefix(self.prefix)
+    for usual, other in self.aliases:
+      if name.startswith(usual) and not any(s.startswith(usual) for s in stored):
+        name = other + name[len(usual) :]
+    return name
 
 
 def linear(ours: str, theirs: str, axes: str) -> tuple[Leaf, Leaf]:
