@@ -122,5 +122,6 @@ def join(leaves: Sequence[Leaf], arrays: Mapping[str, np.ndarray]) -> np.ndarray
       slower = math.prod(sizes[a] for a in group[: group.index(number)])
       before, after = parts[0].shape[:axis], parts[0].shape[axis + 1 :]
       apart = [x.reshape(*before, slower, -1, *after) for x in parts]
-      return np.stack(apart, axis + 1).reshape(*before, -1, *after)
+      whole = np.stack(apart, axis + 1).reshape(*before, -1, *after)
+      return np.ascontiguousarray(whole)
   return np.ascontiguousarray(parts[0])

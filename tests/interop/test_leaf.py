@@ -78,7 +78,9 @@ def test_goes_back(axes):
   leaves = [Leaf(f'w{i}', 'W', axes, i) for i in range(parts)]
   theirs = whole(leaves[0])[0]
   arrays = {leaf.ours: whole(leaf)[1] for leaf in leaves}
-  np.testing.assert_array_equal(join(leaves[::-1], arrays), theirs)
+  got = join(leaves[::-1], arrays)
+  np.testing.assert_array_equal(got, theirs)
+  assert got.flags.c_contiguous  # files hold the bytes as they lie
 
 
 @pytest.mark.parametrize(
