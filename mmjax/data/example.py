@@ -17,7 +17,12 @@ positions start where the trunk stands, as if nothing stood between:
   positions  0        1 2 3      1 2        1 2
 
 Positions of media follow M-RoPE (Qwen2-VL, 2409.12191): text counts on from
-the largest side of the grid before it.
+the largest side of the grid before it. Models that know of no grid have slots that
+count on like text (`image_positions`), and a prefix-LM has prompts whose slots all see
+each other, since they share one rank (`prompt_attention`, PaliGemma, 2407.07726):
+
+  spans      Image 2x1   Text(prompt)   Text(answer)
+  order       0  0        0 0            1 2
 """
 
 import dataclasses
@@ -32,6 +37,12 @@ from mmjax.data import media as media_lib
 from mmjax.data.document import BadDocument, Document, Image, check_branches, kind_of
 
 Slots = Callable[[Item], tuple[int, int, int]]
+# What `to_example` takes for each of its options, the first by default.
+CHOICES = {
+  'image_attention': ('block', 'causal'),
+  'prompt_attention': ('causal', 'block'),
+  'image_positions': ('grid', 'count'),
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,6 +90,8 @@ def to_example(
   rules: Mapping[str, Any],
   slots: Slots,
   image_attention: str = 'block',
+  prompt_attention: str = 'causal',
+  image_positions: str = 'grid',
 ) -> Example:
   """Tokenises, decodes, resizes, patchifies and tags one document.
 
@@ -91,6 +104,9 @@ def to_example(
     slots: the model's answer to how many stream slots an item takes, as a grid.
     image_attention: 'block' (slots of an item share one rank, so that they see
       each other) or 'causal' (each has its own).
+    prompt_attention: 'causal', or 'block': slots of a run of untrained spans, media
+      and all, share one rank, in every branch anew.
+    image_positions: 'grid' (time, row, column) or 'count' (one more for each slot).
 
   Returns:
     The example. A slot that nothing stands before (the first one) is never trained.
@@ -98,10 +114,16 @@ def to_example(
   Raises:
     BadDocument: 'unsupported_<kind>' without a rule, 'empty', 'nothing_trained',
       'bad_branch' (negative, or its spans stand apart), or what decoding says.
-    ValueError: an unknown `image_attention`.
+    ValueError: an option that is none of `CHOICES`.
   """
-  if image_attention not in ('block', 'causal'):
-    raise ValueError(f"image_attention={image_attention!r}; choose 'block' or 'causal'")
+  for name, value in (
+    ('image_attention', image_attention),
+    ('prompt_attention', prompt_attention),
+    ('image_positions', image_positions),
+  ):
+    if value not in CHOICES[name]:
+      first, second = CHOICES[name]
+      raise ValueError(f'{name}={value!r}; choose {first!r} or {second!r}')
   check_branches(document)
   parts = _Parts()
   for span in document.spans:
@@ -114,8 +136,33 @@ def to_example(
     if kind not in rules:
       raise BadDocument(f'unsupported_{kind}', f'document {document.id!a}')
     grid, values = _patches(span, rules[kind])
-    parts.item(kind, grid, values, slots(Item(kind, grid)), image_attention)
-  return parts.example(document.id)
+    slot_grid = slots(Item(kind, grid))
+    parts.item(kind, grid, values, slot_grid, image_attention, image_positions)
+  example = parts.example(document.id)
+  return _blocks(example) if prompt_attention == 'block' else example
+
+
+def _blocks(example: Example) -> Example:
+  """Ranks counted anew, so that what stands together untrained has one."""
+  trained, until = example.weights > 0, example.until
+  new = trained[1:] | trained[:-1] | (until[1:] != until[:-1])
+  order = np.append(0, np.cumsum(new)).astype(np.int32)
+  # By old rank; one without a slot (an item that takes none) is as the one before.
+  ranks = np.zeros(max(example.order.max(), _last_item(example)) + 1, np.int32)
+  ranks[example.order] = order
+  ranks = np.maximum.accumulate(ranks)
+  until = np.where(until == FOREVER, FOREVER, ranks[np.minimum(until, len(ranks) - 1)])
+  media = {
+    kind: dataclasses.replace(m, item_order=ranks[m.item_order])
+    for kind, m in example.media.items()
+  }
+  return dataclasses.replace(
+    example, order=order, last=order.copy(), until=until.astype(np.int32), media=media
+  )
+
+
+def _last_item(example):
+  return max((int(m.item_order.max()) for m in example.media.values()), default=0)
 
 
 def _patches(span, rule) -> tuple[tuple[int, int, int], np.ndarray]:
@@ -176,7 +223,7 @@ class _Parts:
     self.position += n
     self.ids, self.trained = [], []
 
-  def item(self, kind, grid, values, slot_grid, attention):
+  def item(self, kind, grid, values, slot_grid, attention, positions):
     self._close_text()
     cells = _cells(tuple(slot_grid))
     n = len(cells)
@@ -184,13 +231,16 @@ class _Parts:
     seen = self.num_slots.get(kind, 0)
     self.tokens.append(np.full(n, PLACEHOLDER[kind], np.int32))
     self.order.append(self.rank + (steps if attention == 'causal' else 0 * steps))
-    self.positions.append(self.position + cells)
+    counted = positions == 'count'
+    self.positions.append(
+      self.position + (np.repeat(steps[:, None], 3, 1) if counted else cells)
+    )
     self.weights.append(np.zeros(n, np.float32))
     self.source.append(seen + steps)
     self.num_slots[kind] = seen + n
     # A causal item counts as seen from its last slot on.
     self.rank += max(n, 1) if attention == 'causal' else 1
-    self.position += max(slot_grid)
+    self.position += n if counted else max(slot_grid)
     self.media.setdefault(kind, []).append((grid, values, self.rank - 1))
 
   def example(self, name) -> Example:

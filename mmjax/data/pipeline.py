@@ -81,7 +81,7 @@ class Pipeline:
     rules: by media kind, how an item becomes patches.
     slots: the model's answer to how many stream slots an item takes.
     seed: of the shuffle.
-    image_attention: 'block' or 'causal', see `to_example`.
+    image_attention, prompt_attention, image_positions: see `to_example`.
     augment: names of `augment.AUGMENTATIONS`, in order.
     max_bad_share: the run stops if a larger share of the documents is bad (of
       the last 4,096 or so, and more than 10 of them; 0 stops at the first).
@@ -101,6 +101,8 @@ class Pipeline:
     slots: Callable[[Item], tuple[int, int, int]],
     seed: int = 0,
     image_attention: str = 'block',
+    prompt_attention: str = 'causal',
+    image_positions: str = 'grid',
     augment: Sequence[str] = (),
     max_bad_share: float = 0.01,
     workers: int = 0,
@@ -116,8 +118,13 @@ class Pipeline:
     self.workers = workers
     self.lengths = Lengths.of(dataset.index, rules, slots)
     self.plan = PackPlan(self.lengths, budget, seed)
+    options = dict(
+      image_attention=image_attention,
+      prompt_attention=prompt_attention,
+      image_positions=image_positions,
+    )
     self._convert = _Convert(
-      dataset, dict(rules), slots, image_attention, augment_lib.build(augment), seed
+      dataset, dict(rules), slots, options, augment_lib.build(augment), seed
     )
 
   @property
@@ -126,10 +133,16 @@ class Pipeline:
 
   @property
   def reach(self) -> tuple[int, int]:
-    """How many slots (back, ahead) a slot may see: its document, its own item."""
+    """How many slots (back, ahead) a slot may see: its document, its own item.
+
+    In a prompt that sees itself, that is the document both ways.
+    """
     stream = self.lengths.names.index('stream')
     longest = int(self.lengths.needs[self.plan.ids, stream].max())
-    ahead = self.lengths.largest_item if self._convert.image_attention == 'block' else 1
+    options = self._convert.options
+    ahead = self.lengths.largest_item if options['image_attention'] == 'block' else 1
+    if options['prompt_attention'] == 'block':
+      ahead = longest
     return longest - 1, max(ahead - 1, 0)
 
   def summary(self) -> str:
@@ -252,7 +265,7 @@ class _Convert:
   dataset: Any
   rules: dict[str, Any]
   slots: Callable[[Item], tuple[int, int, int]]
-  image_attention: str
+  options: dict[str, str]
   augmentations: tuple[Any, ...]
   seed: int
 
@@ -264,7 +277,7 @@ class _Convert:
       tokenizer=self.dataset.tokenizer,
       rules=self.rules,
       slots=self.slots,
-      image_attention=self.image_attention,
+      **self.options,
     )
 
 

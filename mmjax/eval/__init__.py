@@ -40,6 +40,8 @@ _OURS = (
   'media_rules',
   'budget',
   'image_attention',
+  'prompt_attention',
+  'image_positions',
   'generate',
 )
 
@@ -97,6 +99,8 @@ def build_evaluators(
       rules=rules,
       media_rules=media_rules,
       image_attention=config.data.image_attention,
+      prompt_attention=config.data.prompt_attention,
+      image_positions=config.data.image_positions,
       **fields,
     )
   return built

@@ -72,6 +72,8 @@ class Vqa:
   rules: sharding.Rules
   media_rules: Mapping[str, Any]
   image_attention: str = 'block'
+  prompt_attention: str = 'causal'
+  image_positions: str = 'grid'
   rows: int = 128
   max_new: int = 8
   every: int = 0
@@ -137,6 +139,8 @@ class Vqa:
       rules=self.media_rules,
       slots=self.model.slots,
       image_attention=self.image_attention,
+      prompt_attention=self.prompt_attention,
+      image_positions=self.image_positions,
     )
     return prompts.collect(self.dataset, to_example)
 

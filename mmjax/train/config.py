@@ -50,6 +50,8 @@ def defaults() -> ConfigDict:
         rows=8,  # rows of one step, over all devices and processes
         image=dict(),  # fields of mmjax.data.media.ImageRule
         image_attention='block',
+        prompt_attention='causal',
+        image_positions='grid',
         augment=(),  # names of mmjax.data.augment.AUGMENTATIONS
         budget=dict(stream=1024, targets=256, image=dict()),
         workers=0,

@@ -1,6 +1,7 @@
 """Examples: tags, positions and media of one document, against plain loops."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -285,3 +286,71 @@ def test_the_pixel_limit_is_the_rules():
 def test_attention_is_one_of_two():
   with pytest.raises(ValueError, match="choose 'block' or 'causal'"):
     example(Text('a', True), attention='full')
+
+
+def test_prompts_that_see_themselves():
+  """One rank for what stands together untrained, and the rule of visibility holds."""
+  document = Document(
+    (
+      Image(pixels(4, 2)), Text('pq'), Text('a', trained=True), Text('r'),
+      Image(pixels(2, 2)), Text('b', trained=True),
+      Text('s', branch=1), Text('c', trained=True, branch=1),
+      Text('t', branch=2), Text('d', trained=True, branch=2),
+    )
+  )  # fmt: skip
+  make = functools.partial(
+    to_example,
+    document,
+    tokenizer=TOKENIZER,
+    rules={'image': RULE},
+    slots=lambda item: item.grid,
+  )
+  made, causal = make(prompt_attention='block'), make()
+  assert made.order.tolist() == [0] * 4 + [1, 2, 3, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+  assert made.last.tolist() == made.order.tolist()
+  assert made.until.tolist() == [FOREVER] * 10 + [8] * 3 + [11] * 3
+  assert made.media['image'].item_order.tolist() == [0, 3]
+  for name in ('tokens', 'positions', 'weights', 'source'):
+    np.testing.assert_array_equal(getattr(made, name), getattr(causal, name))
+
+  def seen(e):
+    ones = np.ones_like(e.order)[None]
+    query = QueryTags(ones, e.first[None], e.last[None], e.order[None])
+    return visible(query, KeyTags(ones, e.order[None], e.until[None]))[0]
+
+  more = seen(made) & ~seen(causal)
+  assert not (seen(causal) & ~seen(made)).any()
+  # A run of untrained slots of one branch sees itself, and nobody sees more than that.
+  run = [[0, 1, 2, 3], [6, 7]]
+  want = np.zeros_like(more)
+  for slots in run:
+    want[np.ix_(slots, slots)] = True
+  np.testing.assert_array_equal(more, want & ~seen(causal))
+
+
+def test_positions_that_count_on():
+  made = to_example(
+    Document((Text('p'), Image(pixels(4, 4)), Text('a', trained=True))),
+    tokenizer=TOKENIZER,
+    rules={'image': RULE},
+    slots=lambda item: item.grid,
+    image_positions='count',
+  )
+  np.testing.assert_array_equal(made.positions, np.arange(7)[:, None].repeat(3, 1))
+  assert made.media['image'].positions.tolist() == [
+    [0, 0, 0],
+    [0, 0, 1],
+    [0, 1, 0],
+    [0, 1, 1],
+  ]
+
+
+@pytest.mark.parametrize(
+  'name', ['image_attention', 'prompt_attention', 'image_positions']
+)
+def test_refuses_unknown_options(name):
+  with pytest.raises(ValueError, match=f"{name}='blok'; choose "):
+    to_example(
+      Document((Text('a', trained=True),)), tokenizer=TOKENIZER, rules={},
+      slots=lambda item: item.grid, **{name: 'blok'},
+    )  # fmt: skip
