@@ -124,4 +124,4 @@ def join(leaves: Sequence[Leaf], arrays: Mapping[str, np.ndarray]) -> np.ndarray
       apart = [x.reshape(*before, slower, -1, *after) for x in parts]
       whole = np.stack(apart, axis + 1).reshape(*before, -1, *after)
       return np.ascontiguousarray(whole)
-  return np.ascontiguousarray(parts[0])
+  return np.ascontiguousarray(parts[0]).reshape(parts[0].shape)  # a scalar stays one

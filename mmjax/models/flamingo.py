@@ -32,6 +32,7 @@ from mmjax.nn.gated_xattn import GATES, GatedCrossAttention, latent_tags, look_a
 from mmjax.nn.markers import item_tags, words
 from mmjax.nn.resampler import Resampler
 from mmjax.nn.transformer import REMAT, Before
+from mmjax.sharding import constrain
 
 # What the paper leaves as it was trained before: patterns for `optim.freeze`.
 FROZEN = ('vision/*', 'lm/*')
@@ -61,9 +62,11 @@ class Flamingo(nn.Module):
     marker: the token that the language model reads at an item's slot.
     cross_every: k, layers from one cross-attention to the next.
     cross_heads, cross_head_dim, cross_mlp_dim: default: N and H of `lm`, 4 D.
-    cross_norm, cross_activation, cross_gated: see `nn.cross_attention.Config`.
-    gate: 'tanh' or 'sigmoid'; gate_init: see `nn.gated_xattn`.
+    cross_norm, cross_activation, cross_gated, cross_qk_norm: see
+      `nn.cross_attention.Config`.
+    gate: 'tanh' or 'sigmoid'; gate_init, gate_vector: see `nn.gated_xattn`.
     latest: a token looks at the latest item; else at all earlier ones.
+    latents_seen: it looks at the first so many of an item's R latents; None = all.
   """
 
   lm: Unified
@@ -78,9 +81,12 @@ class Flamingo(nn.Module):
   cross_norm: str = 'layer'
   cross_activation: str = 'relu2'
   cross_gated: bool = False
+  cross_qk_norm: bool = False
   gate: str = 'tanh'
   gate_init: float = 0.0
+  gate_vector: bool = False
   latest: bool = True
+  latents_seen: int | None = None
 
   def __post_init__(self):
     super().__post_init__()
@@ -92,6 +98,9 @@ class Flamingo(nn.Module):
       raise ValueError(f'marker={self.marker} is not in 0..{self.lm.vocab_size - 1}')
     if self.gate not in GATES:
       raise ValueError(f'unknown gate {self.gate!r}{closest(self.gate, GATES)}')
+    R = self.resampler.num_latents
+    if self.latents_seen is not None and not 0 < self.latents_seen <= R:
+      raise ValueError(f'latents_seen={self.latents_seen} is not in 1..{R}')
     self.resampler.config()
     self._cross_config()
 
@@ -114,10 +123,10 @@ class Flamingo(nn.Module):
         axis_size=self.num_cross,
         metadata_params={nn.PARTITION_NAME: 'layers'},
       )
-      self.cross = stacked(self._cross_config(), self.gate, self.gate_init)
+      self.cross = stacked(*self._cross_fields())
     else:
-      make = functools.partial(GatedCrossAttention, self._cross_config())
-      self.cross = [make(self.gate, self.gate_init) for _ in range(self.num_cross)]
+      make = functools.partial(GatedCrossAttention, *self._cross_fields())
+      self.cross = [make() for _ in range(self.num_cross)]
 
   def __call__(self, batch: PackedBatch, *, train: bool = False) -> jax.Array:
     """Hidden states after the final norm, f[B, T, D].
@@ -130,7 +139,7 @@ class Flamingo(nn.Module):
     latents = self._latents(bank, train)
     if self.is_initializing():
       query_tags = look_at(batch.stream.query_tags, items, self.latest)
-      args = (latents, query_tags, latent_tags(items, self.resampler.num_latents))
+      args = (latents, query_tags, latent_tags(items, self._num_seen))
       x = jnp.zeros((*batch.stream.tokens.shape, self.lm.embed_dim), self.lm.dtype)
       for cross in [self.cross] if self.lm.scan else self.cross:
         cross(x, *args)
@@ -187,6 +196,14 @@ class Flamingo(nn.Module):
       params[f'cross_{i}'] = jax.tree.map(lambda x, i=i: x[i], stacked)
     return self.clone(lm=lm), params
 
+  @property
+  def _num_seen(self) -> int:
+    """Latents of an item that are looked at."""
+    return self.latents_seen or self.resampler.num_latents
+
+  def _cross_fields(self):
+    return self._cross_config(), self.gate, self.gate_init, self.gate_vector
+
   def _cross_config(self) -> cross_attention.Config:
     lm = self.lm
     return cross_attention.Config(
@@ -198,6 +215,7 @@ class Flamingo(nn.Module):
       activation=self.cross_activation,
       gated=self.cross_gated,
       norm=self.cross_norm,
+      qk_norm=self.cross_qk_norm,
       chunk=lm.chunk,
       norm_eps=lm.norm_eps,
       dtype=lm.dtype,
@@ -205,11 +223,16 @@ class Flamingo(nn.Module):
     )
 
   def _latents(self, bank: Bank, train: bool) -> jax.Array:
-    """f[B, I * R, D of the resampler]."""
+    """f[B, I * R, D of the resampler], R = those that are looked at."""
     features = self.vision(bank, train=train)
     times = features.positions[..., 0] if self.resampler.num_frames else None
     num_items = bank.item_order.shape[1]
-    return self.resampler(features.values, features.items, num_items, times)
+    x = self.resampler(features.values, features.items, num_items, times)
+    if self.latents_seen is None:
+      return x
+    B, _, D = x.shape
+    x = x.reshape(B, num_items, -1, D)[:, :, : self.latents_seen]
+    return constrain(x.reshape(B, -1, D), 'batch', 'seq', 'act_embed')
 
   def _parts(self, media: Any) -> Any:
     """(parameters, keys and values) for each cross-attention; see `Before.parts`."""
@@ -219,9 +242,7 @@ class Flamingo(nn.Module):
     return tuple((c.variables['params'], kv) for c, kv in zip(self.cross, media))
 
   def _block(self) -> GatedCrossAttention:
-    return GatedCrossAttention(
-      self._cross_config(), self.gate, self.gate_init, parent=None
-    )
+    return GatedCrossAttention(*self._cross_fields(), parent=None)
 
   def _keys(self, latents: jax.Array) -> KV | tuple[KV, ...]:
     if not self.lm.scan:
@@ -234,7 +255,7 @@ class Flamingo(nn.Module):
   def _before(self, stream, items, parts, latents=None) -> Before:
     block = self._block()
     query_tags = look_at(stream.query_tags, items, self.latest)
-    key_tags = latent_tags(items, self.resampler.num_latents)
+    key_tags = latent_tags(items, self._num_seen)
 
     def run(part, x):
       params, kv = part

@@ -44,6 +44,8 @@ class Unified(nn.Module):
     tie_embeddings: the head is the text table.
     scale_embedding: multiply text embeddings by sqrt(D) (1706.03762, section 3.4).
     modality_embedding: add a learned vector per media kind.
+    extra_words: how many words, the last of the vocabulary, are parameters of their own,
+      'embed/extra' and 'extra_head': new words beside a frozen vocabulary.
     dropout: rate, on embeddings and on each branch; needs the rng 'dropout' in training.
     remat: what a layer keeps for the backward pass, see `nn.transformer.REMAT`.
     scan: one stacked layer, scanned, or layers one by one.
@@ -71,6 +73,7 @@ class Unified(nn.Module):
   tie_embeddings: bool = True
   scale_embedding: bool = True
   modality_embedding: bool = False
+  extra_words: int = 0
   max_positions: int = 0
   dropout: float = 0.0
   remat: str = 'none'
@@ -89,6 +92,11 @@ class Unified(nn.Module):
     super().__post_init__()
     if self.vocab_size < 1:
       raise ValueError(f'vocab_size must be at least 1, got {self.vocab_size}')
+    if not 0 <= self.extra_words < self.vocab_size:
+      raise ValueError(
+        f'extra_words={self.extra_words} is not in 0..{self.vocab_size - 1}, the words'
+        ' but one'
+      )
     for kind, _ in self.media:
       if kind not in PLACEHOLDER:
         raise ValueError(f'unknown media kind {kind!r}; kinds are {sorted(PLACEHOLDER)}')
@@ -108,12 +116,17 @@ class Unified(nn.Module):
       self.max_positions,
       self.dtype,
       self.param_dtype,
+      self.extra_words,
     )
     self.transformer = Transformer(self.config())
     self.drop = nn.Dropout(self.dropout)
     if not self.tie_embeddings:
-      shape, axes = (self.embed_dim, self.vocab_size), ('embed', 'vocab')
-      self.head = param(self, 'head', kernel_init(), shape, axes, self.param_dtype)
+      D, E, dtype = self.embed_dim, self.extra_words, self.param_dtype
+      shape, axes = (D, self.vocab_size - E), ('embed', 'vocab')
+      self.head = param(self, 'head', kernel_init(), shape, axes, dtype)
+      if E:
+        axes = ('embed', None)
+        self.extra_head = param(self, 'extra_head', kernel_init(), (D, E), axes, dtype)
 
   def __call__(
     self,
@@ -174,6 +187,9 @@ class Unified(nn.Module):
       logits = self.embed.attend(hidden)
     else:
       logits = linear(hidden, self.head, dtype=jnp.float32)
+      if self.extra_words:
+        extra = linear(hidden, self.extra_head, dtype=jnp.float32)
+        logits = jnp.concatenate([logits, extra], -1)
     if logits.ndim == 3:
       logits = constrain(logits, 'batch', None, 'act_vocab')
     return logits

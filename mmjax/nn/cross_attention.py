@@ -30,6 +30,7 @@ class Config:
   num_heads, head_dim, mlp_dim: N, H, F.
   activation, gated, bias: of the MLP, see `transformer.ACTIVATIONS` and `BIAS`.
   attention_bias: of queries, keys, values and the attention's output.
+  qk_norm: normalise each head's queries and keys (2302.05442).
   norm: of the layers made of these, see `nn.transformer`.
   out_scale: variance scale of the kernels that write to the residual stream.
   chunk: see `ops.attention.attend`.
@@ -44,6 +45,7 @@ class Config:
   gated: bool = False
   bias: str = 'none'
   attention_bias: bool = False
+  qk_norm: bool = False
   norm: str = 'layer'
   out_scale: float = 1.0
   chunk: int = 512
@@ -61,8 +63,8 @@ class Config:
       if value not in choices:
         raise ValueError(f'unknown {field} {value!r}{closest(value, choices)}')
 
-  def make_norm(self, name: str | None = None) -> nn.Module:
-    return transformer.NORMS[self.norm](self.norm_eps, self.param_dtype, name=name)
+  def make_norm(self, name: str | None = None, axis: str = 'embed') -> nn.Module:
+    return transformer.NORMS[self.norm](self.norm_eps, self.param_dtype, axis, name=name)
 
 
 class CrossAttention(nn.Module):
@@ -88,12 +90,17 @@ class CrossAttention(nn.Module):
         bias = param(self, f'{name}_bias', zeros, (N, H), heads, c.param_dtype)
         setattr(self, f'{name}_bias', bias)
       self.out_bias = param(self, 'out_bias', zeros, (D,), ('embed',), c.param_dtype)
+    if c.qk_norm:
+      self.query_norm = c.make_norm(axis='head_dim')
+      self.key_norm = c.make_norm(axis='head_dim')
 
   def keys(self, media: jax.Array) -> KV:
     """media f[B, S, C] -> keys and values, each f[B, S, N, H]."""
 
     def project(name):
       y = self._biased(linear(media, getattr(self, name)), name)
+      if self.config.qk_norm and name == 'key':
+        y = self.key_norm(y)
       return constrain(y, 'batch', 'kv_seq', 'act_heads', None)
 
     return KV(project('key'), project('value'))
@@ -104,6 +111,8 @@ class CrossAttention(nn.Module):
     """x f[B, T, D], kv from `keys`, tags i32[B, T] and i32[B, S] -> f[B, T, D]."""
     check('B T D', x, 'B S N H', kv.key, 'B T', query_tags.segment_ids)
     q = self._biased(linear(x, self.query), 'query')
+    if self.config.qk_norm:
+      q = self.query_norm(q)
     q = constrain(q, 'batch', 'seq', 'act_heads', None)
     y = attend(q, kv.key, kv.value, query_tags, key_tags, chunk=self.config.chunk)
     y = constrain(y, 'batch', 'seq', 'act_heads', None)

@@ -65,7 +65,9 @@ class StreamEmbed(nn.Module):
   Fields: media is ((kind, channels), ...); scale multiplies text embeddings by
   sqrt(D), so that they enter with the size of a projected patch; modality adds
   a learned vector per kind; max_positions > 0 adds a learned vector per position
-  (in time), as in GPT-2 and BERT.
+  (in time), as in GPT-2 and BERT; extra_words is how many words, the last of the
+  vocabulary, stand in a table of their own, so that they can be trained beside a
+  frozen one.
   """
 
   vocab_size: int
@@ -76,11 +78,15 @@ class StreamEmbed(nn.Module):
   max_positions: int = 0
   dtype: Any = 'float32'
   param_dtype: Any = 'float32'
+  extra_words: int = 0
 
   def setup(self):
-    V, D = self.vocab_size, self.embed_dim
+    V, D = self.vocab_size - self.extra_words, self.embed_dim
     normal = nn.initializers.normal(D**-0.5)
     self.text = param(self, 'text', normal, (V, D), ('vocab', 'embed'), self.param_dtype)
+    if self.extra_words:
+      shape, axes = (self.extra_words, D), (None, 'embed')
+      self.extra = param(self, 'extra', normal, shape, axes, self.param_dtype)
     self.projections = {
       kind: MediaProjection(C, D, self.dtype, self.param_dtype, name=kind)
       for kind, C in self.media
@@ -106,7 +112,7 @@ class StreamEmbed(nn.Module):
       ValueError: a kind of media or its channels is not the model's.
     """
     stream = batch.stream
-    x = jnp.take(self.text, jnp.maximum(stream.tokens, 0), axis=0).astype(self.dtype)
+    x = self._words(jnp.maximum(stream.tokens, 0)).astype(self.dtype)
     if self.scale:
       x = x * self.embed_dim**0.5
     self._check(batch.bank)
@@ -135,7 +141,18 @@ class StreamEmbed(nn.Module):
 
   def attend(self, hidden: jax.Array) -> jax.Array:
     """Logits of a tied head, f[..., D] -> f32[..., V]."""
-    return linear(hidden, self.text.T, dtype=jnp.float32)
+    logits = linear(hidden, self.text.T, dtype=jnp.float32)
+    if not self.extra_words:
+      return logits
+    return jnp.concatenate([logits, linear(hidden, self.extra.T, dtype=jnp.float32)], -1)
+
+  def _words(self, tokens):
+    if not self.extra_words:
+      return jnp.take(self.text, tokens, axis=0)
+    V = len(self.text)
+    usual = jnp.take(self.text, jnp.minimum(tokens, V - 1), axis=0)
+    extra = jnp.take(self.extra, jnp.maximum(tokens - V, 0), axis=0)
+    return jnp.where((tokens < V)[..., None], usual, extra)
 
   def _check(self, bank: Mapping[str, Bank]) -> None:
     known = dict(self.media)

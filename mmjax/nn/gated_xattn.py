@@ -57,11 +57,13 @@ class GatedCrossAttention(nn.Module):
     config: D of the stream, media_dim of the latents.
     gate: tanh, or sigmoid: x + sigmoid(a) * ..., which is 1/2 at a = 0.
     gate_init: a and b at the start.
+    gate_vector: a and b have an entry for each of the stream's D.
   """
 
   config: Config
   gate: str = 'tanh'
   gate_init: float = 0.0
+  gate_vector: bool = False
 
   def setup(self):
     c = self.config
@@ -72,8 +74,9 @@ class GatedCrossAttention(nn.Module):
     self.mlp_norm = c.make_norm()
     self.mlp = Mlp(c)
     init = nn.initializers.constant(self.gate_init)
-    self.attention_gate = param(self, 'attention_gate', init, (), (), c.param_dtype)
-    self.mlp_gate = param(self, 'mlp_gate', init, (), (), c.param_dtype)
+    shape = ((c.embed_dim,), ('embed',)) if self.gate_vector else ((), ())
+    self.attention_gate = param(self, 'attention_gate', init, *shape, c.param_dtype)
+    self.mlp_gate = param(self, 'mlp_gate', init, *shape, c.param_dtype)
 
   def keys(self, latents: jax.Array) -> KV:
     """latents f[B, S, C] -> keys and values, each f[B, S, N, H]; made once to decode."""
@@ -104,6 +107,7 @@ class GatedCrossAttention(nn.Module):
 
     def add(x, gate: Any, y):
       share = GATES[self.gate](gate.astype(jnp.float32)).astype(x.dtype)
+      share = share.reshape((1, 1, -1)) if self.gate_vector else share
       return constrain(x + share * y, 'batch', 'seq', 'act_embed')
 
     y = self.attention(self.attention_norm(x), kv, query_tags, key_tags)

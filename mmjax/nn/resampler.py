@@ -53,7 +53,7 @@ class Resampler(nn.Module):
     head_dim, mlp_dim: H, F; by default D / N and 4 D.
     num_frames: length of the table of time embeddings; 0 = none. Later frames take
       the last one.
-    activation, gated, norm: see `nn.cross_attention.Config`.
+    activation, gated, norm, qk_norm: see `nn.cross_attention.Config`.
     remat: what a layer keeps for its backward pass, see `nn.transformer.REMAT`.
     chunk, norm_eps, dtype, param_dtype: as everywhere.
   """
@@ -68,6 +68,7 @@ class Resampler(nn.Module):
   activation: str = 'relu2'
   gated: bool = False
   norm: str = 'layer'
+  qk_norm: bool = False
   remat: str = 'none'
   chunk: int = 512
   norm_eps: float = 1e-6
@@ -92,6 +93,7 @@ class Resampler(nn.Module):
       activation=self.activation,
       gated=self.gated,
       norm=self.norm,
+      qk_norm=self.qk_norm,
       out_scale=1 / (2 * self.num_layers),
       chunk=self.chunk,
       norm_eps=self.norm_eps,

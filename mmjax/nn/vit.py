@@ -54,6 +54,8 @@ class Vit(nn.Module):
       2106.04560, section 3.4).
     class_token: a token that the patches (of the first frame) and it see takes part,
       though it isn't pooled. It has its own learned position, the table's first.
+    give_class: the class tokens, one per item, are given behind the patches, as IDEFICS
+      reads them; needs a class token.
     pooler: tanh(W pooled + b) instead of what is pooled.
     num_classes: of the head, see `logits`; 0 = no head.
     patch_bias, embedding_norm, final_norm: a bias of the patches' projection; a norm
@@ -73,6 +75,7 @@ class Vit(nn.Module):
   position_grid: tuple[int, int] = (16, 16)
   pool: str = 'none'
   class_token: bool = False
+  give_class: bool = False
   pooler: bool = False
   num_classes: int = 0
   patch_bias: bool = True
@@ -107,6 +110,8 @@ class Vit(nn.Module):
       raise ValueError('ViT: a class token needs reach=None; it stands far off')
     if self.pool == 'none' and (self.pooler or self.num_classes):
       raise ValueError("ViT: pooler and num_classes need a pool, not 'none'")
+    if self.give_class and not self.has_class_token:
+      raise ValueError('ViT: give_class needs class_token')
     half = D // N // 2
     return Config(
       embed_dim=D,
@@ -174,8 +179,8 @@ class Vit(nn.Module):
       bank: values u8 or f[B, P, C], I items per row.
 
     Returns:
-      Tokens f[B, P, D], one for each patch, and with pooling f[B, I, D]; what is
-      padding is finite, and of no meaning.
+      Tokens f[B, P, D], one for each patch (see also `give_class`), and with pooling
+      f[B, I, D]; what is padding is finite, and of no meaning.
 
     Raises:
       ValueError: shapes or channels that don't fit, or fields; see `config`.
@@ -216,7 +221,13 @@ class Vit(nn.Module):
       pooled = jnp.tanh(self.pool_dense(pooled))
     if self.num_classes and self.is_initializing():
       self.logits(pooled)
-    return Features(x, items, jnp.asarray(bank.positions), pooled)
+    positions = jnp.asarray(bank.positions)
+    if self.give_class:
+      x = jnp.concatenate([x, token], 1)
+      theirs = jnp.where(jnp.asarray(bank.item_segments) > 0, each, 0)
+      items = jnp.concatenate([items, theirs], 1)
+      positions = jnp.pad(positions, ((0, 0), (0, I), (0, 0)))
+    return Features(x, items, positions, pooled)
 
   def logits(self, pooled: jax.Array) -> jax.Array:
     """Of the classes, f[..., D] -> f[..., num_classes].
