@@ -1,6 +1,7 @@
 """A directory of Hugging Face: config.json and weights as safetensors.
 
   config.json
+  preprocessor_config.json                          of images, if there are any
   model.safetensors                                 or, sharded,
   model-00001-of-00002.safetensors, ...
   model.safetensors.index.json                      {"weight_map": {name: file}}
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+PREPROCESSOR = 'preprocessor_config'
 _INDEX = 'model.safetensors.index.json'
 _PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.pickle')
 # The tensors that can be weights, and what NumPy calls their type.
@@ -24,6 +26,8 @@ FLOATS = {'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat1
 
 class Source:
   """The config and the tensors of a directory, or of one .safetensors file in it.
+
+  What is said of images, in a file of its own, is the config's key `PREPROCESSOR`.
 
   Raises:
     ValueError: what isn't there, can't be read, or is a pickle.
@@ -37,6 +41,8 @@ class Source:
     self.directory = path.parent if path.is_file() else path
     self.config_name = f'{self.directory}/config.json'
     self.config = _json(self.directory / 'config.json')
+    if (images := self.directory / f'{PREPROCESSOR}.json').exists():
+      self.config[PREPROCESSOR] = _json(images)
     files = [path] if path.is_file() else self._files()
     self._slices = {}
     for file in files:
@@ -117,7 +123,11 @@ def write(
   if len(shards) > 1:
     index = dict(metadata=dict(total_size=sum(sizes.values())), weight_map=places)
     (directory / _INDEX).write_text(json.dumps(index, indent=2) + '\n')
-  (directory / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+  config = dict(config)
+  for name in PREPROCESSOR, 'config':
+    said = config.pop(name, None) if name == PREPROCESSOR else config
+    if said is not None:
+      (directory / f'{name}.json').write_text(json.dumps(said, indent=2) + '\n')
 
 
 def _open(file):

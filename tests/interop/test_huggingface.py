@@ -25,7 +25,38 @@ GPT2 = dict(
   WIDTHS, norm='layer', bias='all', gated=False, rotary=False, max_positions=9,
   activation='gelu_tanh', scale_embedding=False, norm_eps=1e-5,
 )  # fmt: skip
+VIT = dict(
+  channels=12, embed_dim=16, num_layers=2, num_heads=4, mlp_dim=24, position_grid=(2, 3)
+)
+CLIP_VISION = dict(
+  VIT, pool='class', patch_bias=False, embedding_norm=True, activation='quick_gelu',
+  mean=(122.770938, 116.746012, 104.093736), std=(68.500533, 66.632158, 70.323163),
+)  # fmt: skip
+SIGLIP_VISION = dict(VIT, pool='map', activation='gelu_tanh')
 MODELS = {
+  'vit': ('vit', dict(VIT, pool='class', num_classes=3, mean=(1.0, 2.5, 3.123456))),
+  'clip_vision_model': ('vit', CLIP_VISION),
+  'siglip_vision_model': ('vit', SIGLIP_VISION),
+  'clip': (
+    'dual',
+    dict(
+      vision=dict(CLIP_VISION, name='vit'),
+      text=dict(GPT2, name='unified', activation='quick_gelu'),
+      embed_dim=10, media=(('image', 12),), logit_bias=False,
+    ),
+  ),
+  'siglip': (
+    'dual',
+    dict(
+      vision=dict(SIGLIP_VISION, name='vit'),
+      text=dict(
+        WIDTHS, name='encoder', num_types=0, embedding_norm=False, post_norm=False,
+        activation='gelu_tanh', max_positions=9,
+      ),
+      embed_dim=16, media=(('image', 12),), image_projection=False, projection_bias=True,
+      temperature_init=0.1, bias_init=-10.0, max_scale=1000.0,
+    ),
+  ),
   'llama': ('unified', LLAMA),
   'qwen2': ('unified', dict(LLAMA, bias='qkv', tie_embeddings=True)),
   'gemma': (
@@ -40,10 +71,11 @@ MODELS = {
 def random_model(kind, dtype='float32'):
   """A model and parameters of which no two numbers are equal, in NumPy."""
   name, fields = MODELS[kind]
-  model = models.build(name, **fields, param_dtype=dtype)
-  made = jax.eval_shape(model.init, jax.random.key(0), Budget(2, 1).empty(1))['params']
+  shared = dict(param_dtype=dtype)
+  model = models.build(name, shared=shared, **fields)
+  made = jax.eval_shape(model.init, jax.random.key(0), models.padding(model))['params']
   rng = np.random.default_rng(0)
-  return model, jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), made)
+  return model, jax.tree.map(lambda x: np.array(rng.normal(size=x.shape), x.dtype), made)
 
 
 def same(a, b):
@@ -62,10 +94,12 @@ def test_import_of_export_is_bit_equal(kind, tmp_path):
   assert same(got, params)
 
 
-def test_bfloat16_stays_bfloat16(tmp_path):
-  model, params = random_model('llama', 'bfloat16')
+@pytest.mark.parametrize('kind', ['llama', 'clip'])
+def test_bfloat16_stays_bfloat16(kind, tmp_path):
+  model, params = random_model(kind, 'bfloat16')
   hf.export(model, params, tmp_path)
-  assert load_file(tmp_path / 'model.safetensors')['lm_head.weight'].dtype == 'bfloat16'
+  stored = load_file(tmp_path / 'model.safetensors').values()
+  assert {x.dtype.name for x in stored} == {'bfloat16'}
   again, got = hf.load(tmp_path)
   assert same(got, params) and again == model
 
@@ -179,7 +213,7 @@ def test_tensors_that_do_not_fit(stored, tmp_path, edit, message):
   [
     (
       dict(model_type='lama'),
-      r"unknown architecture 'lama'; did you mean 'llama'\? \(choices: bert, gemma, gpt2",
+      r"unknown architecture 'lama'; did you mean 'llama'\? \(choices: bert, clip, ",
     ),
     (dict(dtype='float31'), "unknown dtype 'float31'"),
     (dict(hidden_act='sillu'), "unknown hidden_act 'sillu'; did you mean 'silu'"),
@@ -272,3 +306,47 @@ def test_export_refuses(stored, tmp_path):
 def test_every_family_is_tested():
   assert set(MODELS) == set(hf.FAMILIES)
   assert all(dataclasses.is_dataclass(f) for f in hf.FAMILIES.values())
+
+
+@pytest.fixture(scope='module')
+def tower(tmp_path_factory):
+  path = tmp_path_factory.mktemp('clip_vision_model')
+  hf.export(*random_model('clip_vision_model'), path)
+  return path
+
+
+@pytest.mark.parametrize(
+  ('config', 'message'),
+  [
+    (dict(num_channels=1), 'num_channels=1 is not supported, only 3'),
+    (dict(patch_size=[2, 4]), 'patch_size=2 is not supported, only 4'),
+  ],
+)
+def test_images_that_are_not_ours(tower, tmp_path, config, message):
+  refuses(edited(tower, tmp_path, config=config), message)
+
+
+def test_colours_stand_in_a_file_of_their_own(tower, tmp_path):
+  path = edited(tower, tmp_path)
+  said = path / 'preprocessor_config.json'
+  assert 'preprocessor_config' not in json.loads((path / 'config.json').read_text())
+  said.write_text(json.dumps(dict(image_mean=[0.1, 0.2, 0.3], image_std=[1, 1, 1])))
+  model, _ = hf.load(path)
+  assert model.mean == (25.5, 51.0, 76.5) and model.std == (255.0, 255.0, 255.0)
+  said.unlink()
+  assert hf.load(path)[0] == random_model('clip_vision_model')[0]
+  said.write_text('{')
+  refuses(path, 'preprocessor_config.json is no JSON')
+
+
+def test_a_part_of_a_tower_leaves_the_rest_where_it_is(tower, tmp_path):
+  part = dict(pool='none', class_token=True, num_layers=1, final_norm=False)
+  model, params = hf.load(tower, **part)
+  whole = dict(random_model('clip_vision_model')[1])
+  layers = jax.tree.map(lambda x: x[:1], whole.pop('transformer')['layers'])
+  assert same(params, {**whole, 'transformer': dict(layers=layers)})
+  refuses(tower, 'encoder.layers.1.* is extra', num_layers=1)  # with a final norm
+  odd = model.clone(channels=15)
+  made = jax.eval_shape(odd.init, jax.random.key(0), models.padding(odd))['params']
+  with pytest.raises(ValueError, match='15 channels are no square patch of three'):
+    hf.export(odd, made, tmp_path)
