@@ -30,7 +30,7 @@ VIT = dict(
 )
 CLIP_VISION = dict(
   VIT, pool='class', patch_bias=False, embedding_norm=True, activation='quick_gelu',
-  mean=(122.770938, 116.746012, 104.093736), std=(68.500533, 66.632158, 70.323163),
+  mean=(122.770938, 116.746013, 104.093736), std=(68.500533, 66.632158, 70.323163),
 )  # fmt: skip
 SIGLIP_VISION = dict(VIT, pool='map', activation='gelu_tanh')
 MODELS = {

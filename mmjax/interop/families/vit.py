@@ -75,7 +75,7 @@ def image_fields(config: dict[str, Any], said: dict[str, Any], colours) -> dict[
   rows, columns = (size, size) if isinstance(size, int) else size
   images = said.get(PREPROCESSOR, {})
   mean, std = (
-    tuple(round(255 * a, 6) for a in images.get(key, default))
+    tuple(round(255.0 * a, 6) for a in images.get(key, default))
     for key, default in zip(('image_mean', 'image_std'), colours)
   )
   return dict(
