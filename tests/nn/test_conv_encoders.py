@@ -11,6 +11,7 @@ from flax import nnx
 from mmjax import sharding
 from mmjax.batch import Bank, Item
 from mmjax.nn.efficientnet import EfficientNet
+from mmjax.nn.nfnet import NFNet
 from mmjax.nn.resnet import ResNet
 
 C, GRID, I = 48, (3, 4), 3  # pictures of 12 x 16 pixels
@@ -30,8 +31,14 @@ MODELS = {
     norm_groups=4,
     **SHARED,
   ),
+  'nfnet': NFNet(stem=(4, 4, 8), widths=(16, 32), depths=(1, 2), group_width=4, **SHARED),
 }
-CELLS = {'efficientnet': (3, 4), 'resnet': (2, 2), 'resnet-group': (2, 2)}
+CELLS = {
+  'nfnet': (2, 2),
+  'efficientnet': (3, 4),
+  'resnet': (2, 2),
+  'resnet-group': (2, 2),
+}
 # Row and item; row 1 has no second item.
 ITEMS = ((0, 1), (0, 2), (1, 1), (1, 3))
 models = pytest.mark.parametrize('name', MODELS)
