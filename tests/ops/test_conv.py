@@ -2,7 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from mmjax import sharding
 from mmjax.ops import conv as ops
 
 
@@ -100,6 +103,26 @@ def test_conv_is_products_with_windows(padding, stride, groups):
   parts = np.split(kernel, groups, -1)
   want = [np.einsum('BHWijd,ijdE->BHWE', s, k) for s, k in zip(seen, parts)]
   np.testing.assert_allclose(got, np.concatenate(want, -1), atol=1e-5)
+
+
+def test_gradient_of_a_grouped_kernel_on_any_mesh():
+  """Pictures are split over one axis of the mesh and whole over the other."""
+  x, kernel = draw(8, 3, 4, 4), draw(3, 3, 2, 6, seed=1)
+
+  def loss(kernel, x, groups):
+    return jnp.sum(jnp.sin(ops.conv(x, kernel, 2, groups=groups)))
+
+  def parts(kernel, x):  # the groups one by one
+    pairs = zip(jnp.split(kernel, 2, -1), jnp.split(x, 2, -1))
+    return sum(loss(k, a, 1) for k, a in pairs)
+
+  want = jax.jit(jax.grad(parts, (0, 1)))(kernel, x)
+  mesh = sharding.make_mesh({'fsdp': 4, 'tensor': 2})
+  rows = NamedSharding(mesh, P('fsdp'))
+  gradient = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)
+  for at in (x, jax.device_put(x, rows)):
+    for got, w in zip(gradient(kernel, at, 2), want):
+      np.testing.assert_allclose(got, w, atol=1e-5)
 
 
 @pytest.mark.parametrize(('window', 'stride', 'padding'), [(3, 1, 'same'), (5, 2, 'same'),
