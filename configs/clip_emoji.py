@@ -75,7 +75,7 @@ def get_config(variant: str = '') -> ConfigDict:
         task='contrastive', steps=600, log_every=20, checkpoint_every=200, keep=2
       ),
       eval=dict(
-        retrieval=dict(split='test', every=200),
+        retrieval=dict(split='test', every=200, limit=1000),
         zeroshot=dict(split='test', templates=('{}', '{} emoji', 'a drawing of {}')),
       ),
     )
