@@ -1,7 +1,7 @@
 """Memory of the contrastive loss and its gradient per TPU chip, compiled without one.
 
-python benchmarks/contrastive_memory.py                     # InfoNCE alone, v5e
-python benchmarks/contrastive_memory.py --model             # with both towers of CLIP B/16
+python benchmarks/contrastive_memory.py                     # the loss alone
+python benchmarks/contrastive_memory.py --model   # with CLIP B/16's towers
 
 One JSON line per case: `ring` is `ops.contrastive`, `naive` the whole matrix of logits,
 split by rows and differentiated by JAX. `peak_mib` is libtpu's peak per device, inputs
@@ -24,13 +24,13 @@ for name, value in (
 ):
   os.environ.setdefault(name, value)
 
-import jax
-import jax.numpy as jnp
-from jax.experimental import topologies
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
 
-from mmjax import models, sharding
-from mmjax.batch import BankBudget, Budget
-from mmjax.ops.contrastive import contrastive_loss
+from mmjax import models, sharding  # noqa: E402
+from mmjax.batch import BankBudget, Budget  # noqa: E402
+from mmjax.ops.contrastive import contrastive_loss  # noqa: E402
 
 # Chips and pairs: a global batch of 32,768 on both, and one of 2,048 a chip.
 CASES = (('v5e:4x4', 32_768), ('v5e:16x16', 32_768), ('v5e:16x16', 524_288))
@@ -110,8 +110,10 @@ def measure(topology, pairs, loss, model, embed_dim):
   sizes = dict(data=chips // 16, fsdp=16)
   mesh = sharding.make_mesh(sizes, described.devices)
   rules = sharding.rules_for('fsdp')
-  line = {'topology': topology, 'chips': chips, 'pairs': pairs, 'loss': loss,
-          'what': 'clip_b16' if model else 'loss', 'pairs_per_chip': pairs // chips}  # fmt: skip
+  line = {
+    'what': 'clip_b16' if model else 'loss', 'loss': loss, 'topology': topology,
+    'chips': chips, 'pairs': pairs, 'pairs_per_chip': pairs // chips,
+  }  # fmt: skip
   began = time.process_time()
   with sharding.use(mesh, rules):
     if model:

@@ -1,7 +1,9 @@
 """Retrieval and zero-shot classification of a model whose embeddings are known."""
 
 import functools
+import itertools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +31,13 @@ class Oracle:
 
   def apply(self, variables, batch, segments=None, *, method):
     if method == 'embed_images':
-      mine = batch.items[..., None] == jnp.arange(1, 1 + batch.item_segments.shape[1])
+      each = jnp.arange(1, 1 + batch.item_segments.shape[1])
+      mine = batch.items[..., None] == each[None, None]
       pixels = batch.values.reshape(*batch.items.shape, -1, 3).astype(jnp.float32).mean(2)
       x = jnp.einsum('BPI,BPC->BIC', mine.astype(jnp.float32), pixels)
     else:
       s = batch.stream
-      letters = s.tokens[..., None] == jnp.array([ord(c) for c in 'rgb'])
+      letters = s.tokens[..., None] == jnp.array([[[ord(c) for c in 'rgb']]])
       mine = s.segment_ids[..., None] == segments[:, None]
       x = jnp.einsum('BTI,BTC->BIC', *(m.astype(jnp.float32) for m in (mine, letters)))
     x = variables['params'][None, None] * x
@@ -48,10 +51,11 @@ class Documents(list):
 
 @functools.cache
 def documents(count=21):
-  rng = np.random.default_rng(0)
+  """No two of the same mixture, and no two colours of the same share."""
+  mixtures = [m for m in itertools.permutations(range(1, 9), 3) if math.gcd(*m) == 1]
+  chosen = np.random.default_rng(0).permutation(len(mixtures))[:count]
   made = Documents()
-  for i in range(count):
-    share = rng.integers(1, 9, 3)
+  for i, share in enumerate(np.array(mixtures)[chosen]):
     picture = np.tile((28 * share).astype(np.uint8), (4, 4, 1))
     text = ''.join(c * n for c, n in zip('rgb', share.tolist()))
     meta = {'name/xx': text, 'label': 'rgb'[int(share.argmax())]}
