@@ -10,7 +10,9 @@ Tensors are read slice by slice from their place in the file, and nothing that
 could run code is ever opened.
 """
 
+import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -20,6 +22,7 @@ import numpy as np
 PREPROCESSOR = 'preprocessor_config'
 _INDEX = 'model.safetensors.index.json'
 _PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.pickle')
+_CHUNK = 1_000_000  # values that are read at once where rows aren't wanted whole
 # The tensors that can be weights, and what NumPy calls their type.
 FLOATS = {'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
 
@@ -46,9 +49,7 @@ class Source:
     files = [path] if path.is_file() else self._files()
     self._slices = {}
     for file in files:
-      tensors = _open(file)
-      for name in tensors.keys():  # noqa: SIM118 (it is no dict)
-        self._slices[name] = tensors.get_slice(name)
+      self._slices |= _tensors(file)
 
   def _files(self) -> list[pathlib.Path]:
     index = self.directory / _INDEX
@@ -78,13 +79,13 @@ class Source:
     return set(self._slices)
 
   def shape(self, name: str) -> tuple[int, ...]:
-    return tuple(self._slices[name].get_shape())
+    return self._slices[name].shape
 
   def dtype(self, name: str) -> str:
     """The type as safetensors calls it, e.g. 'BF16'."""
-    return self._slices[name].get_dtype()
+    return self._slices[name].dtype
 
-  def __getitem__(self, name: str) -> Any:
+  def __getitem__(self, name: str) -> 'Slices':
     """What reads a slice of the tensor: source[name][2:4, :] -> np.ndarray."""
     return self._slices[name]
 
@@ -130,14 +131,56 @@ def write(
       (directory / f'{name}.json').write_text(json.dumps(said, indent=2) + '\n')
 
 
-def _open(file):
+@dataclasses.dataclass(frozen=True)
+class Slices:
+  """A tensor in a file, of which no more is read than what is asked for.
+
+  Fields: dtype as safetensors calls it; start: where in the file it begins.
+  """
+
+  path: pathlib.Path
+  start: int
+  shape: tuple[int, ...]
+  dtype: str
+
+  def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+    """The slice, in steps of 1: whole rows at once, else some rows at a time."""
+    first, *rest = (slice(*i.indices(n)[:2]) for i, n in zip(index, self.shape))
+    row = math.prod(self.shape[1:])
+    if all(i == slice(0, n) for i, n in zip(rest, self.shape[1:])):
+      return self._rows(first.start, first.stop)
+    step = max(1, _CHUNK // row)
+    sizes = [len(range(i.start, i.stop)) for i in (first, *rest)]
+    out = np.empty(sizes, np.dtype(FLOATS[self.dtype]))
+    for i in range(first.start, first.stop, step):
+      stop = min(i + step, first.stop)
+      out[i - first.start : stop - first.start] = self._rows(i, stop)[:, *rest]
+    return out
+
+  def _rows(self, start, stop):
+    dtype, row = np.dtype(FLOATS[self.dtype]), math.prod(self.shape[1:])
+    size = row * dtype.itemsize
+    where = self.start + start * size
+    data = np.fromfile(self.path, np.uint8, (stop - start) * size, offset=where)
+    return data.view(dtype).reshape(stop - start, *self.shape[1:])
+
+
+def _tensors(file: pathlib.Path) -> dict[str, Slices]:
+  """The tensors of a file that the library finds whole."""
   import safetensors
 
   try:
-    # Not mapped into memory: pages that were read would count as the process's.
-    return safetensors.safe_open(file, 'numpy', backend='pread')
+    safetensors.safe_open(file, 'numpy', backend='pread')
+    with open(file, 'rb') as opened:
+      size = int.from_bytes(opened.read(8), 'little')
+      header = json.loads(opened.read(size))
   except (safetensors.SafetensorError, OSError) as error:
     raise ValueError(f'{file} is no whole safetensors file: {error}') from error
+  header.pop('__metadata__', None)
+  return {
+    name: Slices(file, 8 + size + x['data_offsets'][0], tuple(x['shape']), x['dtype'])
+    for name, x in header.items()
+  }
 
 
 def _json(path):

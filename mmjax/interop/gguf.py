@@ -172,21 +172,38 @@ class Source:
     kind = self._tensors[name].tensor_type.name
     return kind if re.fullmatch(r'I\d+', kind) else 'F32'
 
-  def __getitem__(self, name: str) -> np.ndarray:
-    """The whole tensor, float32, its rows in our order."""
+  def __getitem__(self, name: str) -> '_Tensor':
+    """What reads a slice of the tensor, float32: source[name][2:4, :] -> np.ndarray."""
+    tensor = self._tensors[name]
+    heads = self._heads.get(name.split('.')[-2]) if self._permuted else None
+    return _Tensor(tensor, self.shape(name), heads, f'{self.directory}: {name}')
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+  """Rows of a tensor, dequantised when they are asked for; all of them, if permuted."""
+
+  tensor: Any
+  shape: tuple[int, ...]
+  heads: int | None
+  where: str
+
+  def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
     from gguf.quants import dequantize
 
-    tensor = self._tensors[name]
+    data, rows = self.tensor.data, len(range(*index[0].indices(self.shape[0])))
+    some = self.heads is None and len(self.shape) > 1
     try:
-      x = dequantize(tensor.data, tensor.tensor_type)
+      x = dequantize(data[index[0]] if some else data, self.tensor.tensor_type)
     except NotImplementedError as error:
       raise ValueError(
-        f'{self.directory}: {name} is of type {tensor.tensor_type.name}, which has no'
-        ' reader'
+        f'{self.where} is of type {self.tensor.tensor_type.name}, which has no reader'
       ) from error
-    x = np.asarray(x, np.float32).reshape(self.shape(name))
-    heads = self._heads.get(name.split('.')[-2])
-    return halves(x, heads) if self._permuted and heads else x
+    x = np.asarray(x, np.float32)
+    if some:
+      return x.reshape(rows, *self.shape[1:])[(slice(None), *index[1:])]
+    x = x.reshape(self.shape)
+    return (x if self.heads is None else halves(x, self.heads))[index]
 
 
 def halves(x: np.ndarray, heads: int) -> np.ndarray:

@@ -44,6 +44,12 @@ class Leaf:
     return '{}' in self.theirs
 
   @property
+  def slowest(self) -> int:
+    """Our axis of which a part is a stretch of their file: their first one."""
+    first = next(a for group in self._groups for a in group if not a.isdigit())
+    return self._letters.index(first)
+
+  @property
   def _letters(self) -> list[str]:
     return self.axes.split('->')[1].split()
 
