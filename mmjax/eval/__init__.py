@@ -90,17 +90,16 @@ def build_evaluators(
     if data is None:
       data = Dataset(config.data.path, split, tokenizer_hash)
     media_rules = rules_of(config)
-    if 'budget' in known:
-      fields['budget'] = budget_of(config, media_rules)
-    built[name] = cls(
+    ours = dict(
       dataset=data,
       model=model,
       mesh=mesh,
       rules=rules,
       media_rules=media_rules,
+      budget=budget_of(config, media_rules),
       image_attention=config.data.image_attention,
       prompt_attention=config.data.prompt_attention,
       image_positions=config.data.image_positions,
-      **fields,
     )
+    built[name] = cls(**{k: v for k, v in ours.items() if k in known}, **fields)
   return built

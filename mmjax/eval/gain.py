@@ -139,6 +139,8 @@ class Gain:
   media_rules: Mapping[str, Any]
   budget: Budget
   image_attention: str = 'block'
+  prompt_attention: str = 'causal'
+  image_positions: str = 'grid'
   rows: int = 8
   every: int = 0
   limit: int | None = None
@@ -281,6 +283,8 @@ class Gain:
       rules=self.media_rules,
       slots=self.model.slots,
       image_attention=self.image_attention,
+      prompt_attention=self.prompt_attention,
+      image_positions=self.image_positions,
     )
 
   def _three(self, index: int, donor: int | None) -> tuple[example.Example, ...]:

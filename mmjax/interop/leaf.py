@@ -45,9 +45,9 @@ class Leaf:
 
   @property
   def slowest(self) -> int:
-    """Our axis of which a part is a stretch of their file: their first one."""
-    first = next(a for group in self._groups for a in group if not a.isdigit())
-    return self._letters.index(first)
+    """Our axis of which a part is a stretch of their file: their first one; else 0."""
+    letters = [a for group in self._groups for a in group if not a.isdigit()]
+    return self._letters.index(letters[0]) if letters else 0
 
   @property
   def _letters(self) -> list[str]:
