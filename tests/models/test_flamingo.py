@@ -129,24 +129,37 @@ def test_packed_equals_unpacked():
   assert_close(packed, apart, 1e-5)
 
 
+def in_float64(lm=()):
+  wide = dict(dtype='float64', param_dtype='float64')
+  parts = {part: FIELDS[part] | wide for part in ('vision', 'resampler')}
+  return build(wide | dict(lm), **parts)
+
+
+def no_rounding(value):
+  """Without what is 0 but for rounding, see `fusions.assert_close`."""
+  bias = value[1]['vision']['transformer']['layers']['attention'].pop('key_bias')
+  assert np.abs(bias).max() < 1e-12
+  return value
+
+
 @pytest.mark.slow
-def test_packing_differs_by_rounding_alone():
+def test_packing_scanning_and_remat_differ_by_rounding_alone():
   """In float64 every entry agrees to 1e-12, sharp attention included: no leak."""
   a, b, c = documents()
   with float64():
-    wide = dict(dtype='float64', param_dtype='float64')
-    model = build(
-      wide, vision=FIELDS['vision'] | wide, resampler=FIELDS['resampler'] | wide
-    )
-    weights = widen(params())
-    packed, apart = (
-      loss_and_grads(weights, widen(pack(rows)), model)
-      for rows in ([[a, b, c], [], []], [[a], [b], [c]])
-    )
-    for value in (packed, apart):  # 0 but for rounding, see `assert_close`
-      bias = value[1]['vision']['transformer']['layers']['attention'].pop('key_bias')
-      assert np.abs(bias).max() < 1e-12
-    assert largest_error(packed, apart) < 1e-12
+    model, weights = in_float64(), widen(params())
+    batch = widen(pack([[a, b, c], [], []]))
+    want = no_rounding(loss_and_grads(weights, batch, model))
+    apart = loss_and_grads(weights, widen(pack([[a], [b], [c]])), model)
+    assert largest_error(no_rounding(apart), want) < 1e-12
+    again = loss_and_grads(weights, batch, in_float64(dict(remat='full')))
+    assert largest_error(no_rounding(again), want) < 1e-12
+    plain, flat = model.unscanned(weights)
+    value, grads = no_rounding(loss_and_grads(flat, batch, plain))
+    want = want[0], model.unscanned(want[1])[1]
+    assert largest_error((value, grads), want) < 1e-12
+    shapes = jax.eval_shape(plain.init, jax.random.key(0), batch)['params']
+  assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, flat)
 
 
 def test_padding_changes_no_bit():
@@ -161,18 +174,6 @@ def test_padding_changes_no_bit():
     loss_and_grads(params(), wild, MODEL),
     loss_and_grads(params(), batch, MODEL),
   )
-
-
-@pytest.mark.slow
-def test_unscanned_and_rematted_equal_scanned():
-  batch = pack([documents(), [], []])
-  want = loss_and_grads(params(), batch, MODEL)
-  assert_close(loss_and_grads(params(), batch, build(dict(remat='full'))), want, 1e-5)
-  plain, flat = MODEL.unscanned(params())
-  value, grads = loss_and_grads(flat, batch, plain)
-  assert_close((value, grads), (want[0], MODEL.unscanned(want[1])[1]), 1e-5)
-  shapes = jax.eval_shape(plain.init, jax.random.key(0), batch)['params']
-  assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, flat)
 
 
 @pytest.mark.slow
