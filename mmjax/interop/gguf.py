@@ -28,6 +28,7 @@ from mmjax.interop.families import FAMILIES, Family
 from mmjax.interop.huggingface import assemble
 from mmjax.interop.leaf import Leaf
 from mmjax.names import closest
+from mmjax.ops.positions import scaled
 
 # Their words for the words of Hugging Face, in the names of tensors.
 _WORDS = {
@@ -40,6 +41,13 @@ _WORDS = {
   **{f'self_attn.{x}_proj': f'attn_{x}' for x in 'qkv'},
   'self_attn.o_proj': 'attn_output',
   **{f'mlp.{x}_proj': f'ffn_{x}' for x in ('gate', 'up', 'down')},
+}
+# A tensor that Llama 3 has besides, and the numbers that are the same in all of it.
+_FACTORS = 'rope_freqs.weight'
+_LLAMA3 = {
+  'low_freq_factor': 1.0,
+  'high_freq_factor': 4.0,
+  'original_max_position_embeddings': 8192,
 }
 # Architectures, and whether the rows of q and k are permuted.
 _PERMUTED = {'llama': True, 'qwen2': False}
@@ -85,7 +93,9 @@ def read(path: str | os.PathLike) -> tuple['Source', Family]:
   leaves = tuple(
     Leaf(leaf.ours, _theirs(leaf.theirs), leaf.axes, leaf.part) for leaf in family.leaves
   )
-  return source, dataclasses.replace(family, prefix='', leaves=leaves, ignored=())
+  return source, dataclasses.replace(
+    family, prefix='', leaves=leaves, ignored=(_FACTORS,)
+  )
 
 
 def _theirs(name: str) -> str:
@@ -144,6 +154,8 @@ class Source:
     rope = {'rope_theta': get('rope.freq_base', 10_000.0)}
     if scaling != 'none':
       rope |= {'rope_type': scaling, 'factor': get('rope.scaling.factor')}
+    if _FACTORS in self._tensors:
+      rope |= self._llama3(rope['rope_theta'], H)
     return dict(
       model_type=kind,
       vocab_size=self.shape('token_embd.weight')[0],
@@ -160,6 +172,19 @@ class Source:
       mlp_bias='blk.0.attn_output.bias' in self._tensors,
       tie_word_embeddings='output.weight' not in self._tensors,
     )
+
+  def _llama3(self, base, head_dim) -> dict[str, Any]:
+    """Llama 3's scaling, of which the file has only what each pair is divided by."""
+    half = head_dim // 2
+    frequency = base ** (-np.arange(half) / half)
+    found = np.asarray(self._tensors[_FACTORS].data, np.float64)
+    numbers = (float(found.max()), *_LLAMA3.values())
+    want = frequency / scaled(frequency, ('llama3', *numbers))
+    if found.shape != want.shape or not np.allclose(found, want, rtol=1e-4):
+      raise ValueError(
+        f'{self.directory}: {_FACTORS} is not the scaling of Llama 3 ({_LLAMA3})'
+      )
+    return {'rope_type': 'llama3', 'factor': numbers[0], **_LLAMA3}
 
   def names(self) -> set[str]:
     return set(self._tensors)

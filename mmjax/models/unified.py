@@ -52,7 +52,7 @@ class Unified(nn.Module):
     chunk, reach: of attention, see `ops.attention.attend`.
     max_positions: > 0 adds a learned vector per position; NaN from there on.
     rotary: rotary positions, in the first rotary_dim entries of a head (None = all);
-      rope_base, rope_sections: see `ops.positions`.
+      rope_base, rope_sections, rope_scaling: see `ops.positions`.
     dtype: of compute; param_dtype: of storage.
   """
 
@@ -84,6 +84,7 @@ class Unified(nn.Module):
   rotary_dim: int | None = None
   rope_base: float = 10_000.0
   rope_sections: tuple[int, int, int] | None = None
+  rope_scaling: tuple | None = None
   norm_eps: float = 1e-6
   dtype: Any = 'float32'
   param_dtype: Any = 'float32'

@@ -29,13 +29,14 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mmjax.batch import KeyTags, QueryTags
 from mmjax.nn.cache import KV, write
 from mmjax.ops.attention import attend
 from mmjax.ops.linear import linear
 from mmjax.ops.norms import layer_norm, rms_norm
-from mmjax.ops.positions import Sections, rotary_angles, rotate
+from mmjax.ops.positions import Scaling, Sections, rotary_angles, rotate, scaled
 from mmjax.sharding import constrain, param
 
 ACTIVATIONS = {
@@ -84,6 +85,7 @@ class Config:
   rotary_dim: int | None = None
   rope_base: float = 10_000.0
   rope_sections: Sections | None = None
+  rope_scaling: Scaling | None = None
   norm_eps: float = 1e-6
   dtype: Any = 'float32'
   param_dtype: Any = 'float32'
@@ -97,6 +99,7 @@ class Config:
     for field in ('dtype', 'param_dtype'):
       if not _is_float(getattr(self, field)):
         raise ValueError(f'{field}={getattr(self, field)!r} is no floating type')
+    scaled(np.ones(1), self.rope_scaling)
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
         f'num_heads={self.num_heads} does not divide over'
@@ -110,7 +113,8 @@ class Config:
   @classmethod
   def of(cls, model: Any) -> 'Config':
     """Those fields of a model that are the Transformer's, by name."""
-    return cls(**{f.name: getattr(model, f.name) for f in dataclasses.fields(cls)})
+    names = [f.name for f in dataclasses.fields(cls) if hasattr(model, f.name)]
+    return cls(**{name: getattr(model, name) for name in names})
 
   @property
   def out_scale(self) -> float:
@@ -356,7 +360,9 @@ class Transformer(nn.Module):
     angles = None
     if c.rotary:
       width = c.rotary_dim or c.head_dim
-      angles = rotary_angles(positions, width, c.rope_base, c.rope_sections)
+      angles = rotary_angles(
+        positions, width, c.rope_base, c.rope_sections, c.rope_scaling
+      )
     block = Block
     if c.remat != 'none' and layers is None:
       block = nn.remat(block, prevent_cse=not c.scan, policy=REMAT[c.remat])

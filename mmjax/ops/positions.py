@@ -10,7 +10,8 @@ to one of them (M-RoPE, Qwen2-VL, 2409.12191, section 2.1):
   pair      0 1 2 3 4 5 6 7             sections=(2, 3, 3): contiguous, as released
   position  t t h h h w w w             with Qwen2-VL
 
-Where the three positions are equal, as for text, both are plain RoPE exactly.
+Where the three positions are equal, as for text, both are plain RoPE exactly. For
+contexts longer than a model was trained on, frequencies are scaled: `scaled`.
 Pairs are (i, i + H/2), the "rotate half" layout of Llama checkpoints.
 """
 
@@ -18,9 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmjax.names import closest
 from mmjax.shape import check
 
 Sections = tuple[int, int, int]
+# ('linear', factor), or ('llama3', factor, low, high, original positions).
+Scaling = tuple[str | float, ...]
+_SCALINGS = {'linear': 1, 'llama3': 4}  # how many numbers each has
 
 
 def rotary_angles(
@@ -28,6 +33,7 @@ def rotary_angles(
   head_dim: int,
   base: float = 10_000.0,
   sections: Sections | None = None,
+  scaling: Scaling | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Cosine and sine of every pair's angle, once per batch for all layers.
 
@@ -36,12 +42,13 @@ def rotary_angles(
     head_dim: H, even.
     base: the slowest pair's wavelength is about 2 pi * base.
     sections: pairs per axis, H/2 together; None = the axes take turns.
+    scaling: of the frequencies, see `scaled`.
 
   Returns:
     (cos, sin), each f32[B, T, H/2].
 
   Raises:
-    ValueError: odd head_dim, or sections that don't add up to H/2.
+    ValueError: odd head_dim, sections that don't add up to H/2, or no scaling.
   """
   check('B T 3', positions)
   if head_dim % 2:
@@ -56,9 +63,39 @@ def rotary_angles(
       f'rotary: sections {tuple(sections)} must be three that add up to'
       f' head_dim / 2 = {half}'
     )
-  frequency = (base ** (-np.arange(half) / half)).astype(np.float32)
+  frequency = scaled(base ** (-np.arange(half) / half), scaling).astype(np.float32)
   angle = positions[..., axis].astype(jnp.float32) * frequency[None, None]
   return jnp.cos(angle), jnp.sin(angle)
+
+
+def scaled(frequency: np.ndarray, scaling: Scaling | None) -> np.ndarray:
+  """Frequencies for longer contexts, f[H/2] -> f[H/2].
+
+  ('linear', factor): positions are counted in steps of 1/factor (2306.15595).
+  ('llama3', factor, low, high, original): the same for pairs that turn fewer than
+    `low` times in the original context, nothing for those over `high` turns, and
+    between them a mixture (Llama 3.1, 2407.21783; as in its released code).
+
+  Raises:
+    ValueError: another name, another count of numbers, or some that can't be.
+  """
+  if scaling is None:
+    return frequency
+  name, *numbers = scaling
+  if name not in _SCALINGS:
+    raise ValueError(f'unknown rotary scaling {name!r}{closest(name, _SCALINGS)}')
+  wrong = len(numbers) != _SCALINGS[name] or not min(numbers, default=0) > 0
+  if wrong or (name == 'llama3' and numbers[1] >= numbers[2]):
+    raise ValueError(
+      f"rotary scaling {tuple(scaling)} must be ('linear', factor) or ('llama3', factor,"
+      ' low, high, original positions), all > 0 and low < high'
+    )
+  if name == 'linear':
+    return frequency / numbers[0]
+  factor, low, high, original = numbers
+  turns = frequency * original / (2 * np.pi)
+  kept = np.clip((turns - low) / (high - low), 0, 1)
+  return frequency * (kept + (1 - kept) / factor)
 
 
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -55,6 +55,9 @@ def write(path, kind='llama', tensors=TENSORS, **metadata):
   rng = np.random.default_rng(0)
   meant = {}
   for name, (shape, type_) in tensors.items():
+    if name == 'rope_freqs':
+      writer.add_tensor('rope_freqs.weight', np.float32(shape))
+      continue
     x = rng.normal(size=shape).astype('f4') * (1 if 'norm' in name else 0.3)
     data = x.astype('i1') if type_ == Type.I8 else quantize(x, type_)
     raw = None if data.dtype in ('f4', 'f2', 'i1') else type_
@@ -207,6 +210,22 @@ def test_a_type_without_a_reader(tiny, monkeypatch):
     gguf.quants, 'dequantize', lambda *_: (_ for _ in ()).throw(NotImplementedError)
   )
   refuses(tiny[0], r'\.weight is of type .*, which has no reader')
+
+
+def test_scaled_rotary_positions(tmp_path):
+  """'linear' stands in the metadata; of Llama 3's the file has only the divisors."""
+  path = tmp_path / 'x.gguf'
+  write(path, **{'rope.scaling.type': 'linear', 'rope.scaling.factor': 4.0})
+  assert lib.load(path)[0].rope_scaling == ('linear', 4.0)
+  # Pairs turn 1304, 49, 1.8 and 0.07 times in 8,192 positions.
+  turns = 8192 / (2 * np.pi) * 500_000.0 ** (-np.arange(4) / 4)
+  kept = (turns[2] - 1) / 3
+  divisors = [1.0, 1.0, 1 / (kept + (1 - kept) / 32), 32.0]
+  llama3 = {**TENSORS, 'rope_freqs': (divisors, None)}
+  write(path, tensors=llama3, **{'rope.freq_base': 500_000.0})
+  assert lib.load(path)[0].rope_scaling == ('llama3', 32.0, 1.0, 4.0, 8192.0)
+  write(path, tensors=llama3, **{'rope.freq_base': 10_000.0})
+  refuses(path, 'rope_freqs.weight is not the scaling of Llama 3')
 
 
 def test_files_that_are_not_whole(tiny, tmp_path):

@@ -96,6 +96,16 @@ def test_import_of_export_is_bit_equal(kind, tmp_path):
   assert same(got, params)
 
 
+@pytest.mark.parametrize('scaling', [('linear', 4.0), ('llama3', 8.0, 1.0, 4.0, 8192.0)])
+def test_scaled_rotary_positions_go_out_and_in(scaling, tmp_path):
+  model, params = random_model('llama')
+  model = model.clone(rope_scaling=scaling)
+  hf.export(model, params, tmp_path)
+  assert hf.load(tmp_path)[0] == model
+  rope = json.loads((tmp_path / 'config.json').read_text())['rope_parameters']
+  assert (rope['rope_type'], rope['factor']) == scaling[:2]
+
+
 @pytest.mark.parametrize('kind', ['llama', 'clip'])
 def test_bfloat16_stays_bfloat16(kind, tmp_path):
   model, params = random_model(kind, 'bfloat16')
@@ -270,7 +280,7 @@ def test_tensors_that_do_not_fit(stored, tmp_path, edit, message):
     (dict(hidden_act='sillu'), "unknown hidden_act 'sillu'; did you mean 'silu'"),
     (
       dict(rope_parameters=dict(rope_type='yarn', rope_theta=1e4)),
-      "rope_type='yarn' is not supported, only 'default'",
+      r"rope_type='yarn' is not supported \(choices: default, linear, llama3\)",
     ),
     (dict(attention_bias=True), 'attention_bias=True is not supported, only False'),
   ],

@@ -41,6 +41,17 @@ THEIRS = {
     'LlamaConfig', 'LlamaForCausalLM',
     dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True, rope_theta=100.0),
   ),
+  'llama3': (
+    'LlamaConfig', 'LlamaForCausalLM',
+    dict(num_key_value_heads=2, head_dim=8, rope_parameters=dict(
+      rope_type='llama3', rope_theta=100.0, factor=8.0, low_freq_factor=1.0,
+      high_freq_factor=4.0, original_max_position_embeddings=10,
+    )),
+  ),
+  'llama-linear': (
+    'LlamaConfig', 'LlamaForCausalLM',
+    dict(rope_parameters=dict(rope_type='linear', rope_theta=100.0, factor=4.0)),
+  ),
   'qwen2': ('Qwen2Config', 'Qwen2ForCausalLM', dict(num_key_value_heads=2)),
   'gemma': ('GemmaConfig', 'GemmaForCausalLM', dict(num_key_value_heads=1, head_dim=8)),
   'gpt2': ('GPT2Config', 'GPT2LMHeadModel', GPT2),

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.ops.positions import rotary_angles, rotate
+from mmjax.ops.positions import rotary_angles, rotate, scaled
 
 
 def turn(x, positions, **kwargs):
@@ -69,3 +69,44 @@ def test_refuses():
     rotary_angles(p, 8, sections=(1, 2, 3))
   with pytest.raises(ValueError, match='axis 3 is 3 and 2'):
     rotary_angles(p[..., :2], 8)
+
+
+def test_linear_scaling_counts_in_smaller_steps():
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(1, 5, 3, 16)).astype(np.float32)
+  p = np.repeat(np.arange(5, dtype=np.int32)[None, :, None], 3, -1)
+  got = turn(x, 4 * p, scaling=('linear', 4.0), base=100.0)
+  np.testing.assert_allclose(got, turn(x, p, base=100.0), atol=1e-5)
+
+
+def test_llama3_scales_what_turns_seldom():
+  """As its paper's code says it, wavelength by wavelength."""
+  frequency = 500_000.0 ** (-np.arange(64) / 64)
+  want = []
+  for f in frequency:
+    wave = 2 * np.pi / f
+    if wave < 8192 / 4:
+      want.append(f)
+    elif wave > 8192 / 1:
+      want.append(f / 8)
+    else:
+      smooth = (8192 / wave - 1) / (4 - 1)
+      want.append((1 - smooth) * f / 8 + smooth * f)
+  got = scaled(frequency, ('llama3', 8.0, 1.0, 4.0, 8192.0))
+  np.testing.assert_allclose(got, want, rtol=1e-12)
+  np.testing.assert_array_equal(scaled(frequency, None), frequency)
+  assert set(np.round(frequency / got, 6)) > {1, 8} and np.all(np.diff(got) < 0)
+
+
+@pytest.mark.parametrize(
+  ('scaling', 'message'),
+  [
+    (('lama3', 8.0), "unknown rotary scaling 'lama3'; did you mean 'llama3'"),
+    (('linear',), r"scaling \('linear',\) must be \('linear', factor\) or"),
+    (('linear', 0.0), 'all > 0'),
+    (('llama3', 8.0, 4.0, 1.0, 8192.0), 'low < high'),
+  ],
+)
+def test_scalings_that_are_none(scaling, message):
+  with pytest.raises(ValueError, match=message):
+    scaled(np.ones(2), scaling)

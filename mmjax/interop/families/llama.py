@@ -10,6 +10,7 @@ from mmjax.interop.families.family import (
   only,
 )
 from mmjax.interop.leaf import Leaf
+from mmjax.names import closest
 
 _LLAMA = (
   Leaf('embed/text', 'model.embed_tokens.weight', 'V D -> V D'),
@@ -35,11 +36,47 @@ _LLAMA = (
 )
 
 
+# How frequencies are scaled: the numbers that go with each name.
+_SCALINGS = {
+  'default': (),
+  'linear': ('factor',),
+  'llama3': (
+    'factor',
+    'low_freq_factor',
+    'high_freq_factor',
+    'original_max_position_embeddings',
+  ),
+}
+
+
+def _scaling(rope):
+  """`ops.positions.Scaling` of rope_parameters."""
+  name = rope.get('rope_type', rope.get('type', 'default'))
+  if name not in _SCALINGS:
+    raise ValueError(
+      f'config.json: rope_type={name!r} is not supported{closest(name, _SCALINGS)}'
+    )
+  numbers = tuple(float(rope[key]) for key in _SCALINGS[name])
+  return (name, *numbers) if numbers else None
+
+
+def _rope(model):
+  """rope_parameters of a model, and what has to go with them."""
+  name, *numbers = model.rope_scaling or ('default',)
+  said = dict(zip(_SCALINGS[name], numbers))
+  extra = {}
+  if name == 'llama3':
+    key = 'original_max_position_embeddings'
+    said[key] = int(said[key])
+    extra = dict(max_position_embeddings=int(said['factor'] * said[key]))
+  return dict(
+    extra, rope_parameters=dict(rope_theta=model.rope_base, rope_type=name, **said)
+  )
+
+
 def _llama_fields(config, names):
   D, N = config['hidden_size'], config['num_attention_heads']
   rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
-  only({'rope_type': rope.get('rope_type', rope.get('type', 'default'))},
-        'rope_type', 'default')  # fmt: skip
   only(config, 'use_sliding_window', False, None)
   only(config, 'attention_bias', config.get('mlp_bias', False))
   return dict(
@@ -54,6 +91,7 @@ def _llama_fields(config, names):
     bias='all' if config.get('attention_bias') else 'none',
     norm_eps=config.get('rms_norm_eps', 1e-6),
     rope_base=float(rope.get('rope_theta') or config.get('rope_theta') or 10_000),
+    rope_scaling=_scaling(rope),
     tie_embeddings=config.get('tie_word_embeddings', False),
     scale_embedding=False,
   )
@@ -74,7 +112,7 @@ def _llama_config(model):
     mlp_bias=model.bias == 'all',
     rms_norm_eps=model.norm_eps,
     rope_theta=model.rope_base,
-    rope_parameters=dict(rope_theta=model.rope_base, rope_type='default'),
+    **_rope(model),
     tie_word_embeddings=model.tie_embeddings,
   )
 
