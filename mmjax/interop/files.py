@@ -145,6 +145,8 @@ class Slices:
 
   def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
     """The slice, in steps of 1: whole rows at once, else some rows at a time."""
+    if not self.shape:
+      return self._rows(0, 1).reshape(())
     first, *rest = (slice(*i.indices(n)[:2]) for i, n in zip(index, self.shape))
     row = math.prod(self.shape[1:])
     if all(i == slice(0, n) for i, n in zip(rest, self.shape[1:])):

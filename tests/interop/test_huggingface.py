@@ -201,12 +201,15 @@ def test_what_is_written_in_blocks_is_the_same(kind, tmp_path, monkeypatch):
 def test_slices_of_a_tensor(tmp_path, monkeypatch):
   x = np.random.default_rng(0).normal(size=(7, 5, 3)).astype('f4')
   (tmp_path / 'config.json').write_text('{}')
-  save_file({'x': x, 'y': x[0, 0]}, tmp_path / 'model.safetensors')
+  save_file(
+    {'x': x, 'y': x[0, 0], 'z': x[0, 0, :1].reshape(())}, tmp_path / 'model.safetensors'
+  )
   source = files.Source(tmp_path)
   monkeypatch.setattr(files, '_CHUNK', 31)
   for index in np.s_[:, :, :], np.s_[2:5, :, :], np.s_[1:7, 2:4, :], np.s_[3:3, :, 1:2]:
     np.testing.assert_array_equal(source['x'][index], x[index])
   np.testing.assert_array_equal(source['y'][1:3,], x[0, 0, 1:3])
+  assert source['z'][()] == x[0, 0, 0]
 
 
 @pytest.fixture(scope='module')
