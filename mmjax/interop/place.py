@@ -35,7 +35,7 @@ def place(source: Any, leaf: Leaf, abstract: Any, where: NamedSharding) -> jax.A
   shape, axis = tuple(abstract.shape), 0 if leaf.stacked else leaf.slowest
   part = math.prod(where.shard_shape(shape)) * np.dtype(abstract.dtype).itemsize
   parts = len(set(map(_key, where.addressable_devices_indices_map(shape).values())))
-  if part * parts <= HOST or where.shard_shape(shape)[axis] < shape[axis]:
+  if not shape or part * parts <= HOST or where.shard_shape(shape)[axis] < shape[axis]:
     return _read(source, leaf, shape, abstract.dtype, where)
   size = math.prod(shape) * np.dtype(abstract.dtype).itemsize
   step = 1 if leaf.stacked else min(shape[axis], max(1, shape[axis] * _BLOCK // size))

@@ -32,7 +32,8 @@ from mmjax.names import closest
 # Fields that show in the tree of parameters, and nowhere else.
 _IN_TREE = {
   'vocab_size', 'max_positions', 'position_grid', 'media', 'pooler', 'mlm_head',
-  'num_types', 'tie_embeddings', 'modality_embedding',
+  'num_types', 'tie_embeddings', 'modality_embedding', 'pool', 'class_token',
+  'give_class', 'num_classes',
 }  # fmt: skip
 # By the end of a path, where the words are.
 _WORDS = {'embed/text': 0, 'head': 1, 'head_bias': 0}
@@ -44,6 +45,8 @@ class Part:
 
   Fields:
     spec: see the top of the file.
+    take: which part of the file's model is meant, a name of its fields, as 'vision' of
+      CLIP; '' = all of it.
     allow_missing: patterns of the module's paths that the file need not have.
     ignore: patterns of the file's parameters, by our paths, that the module need not
       have.
@@ -52,6 +55,7 @@ class Part:
   """
 
   spec: str
+  take: str = ''
   allow_missing: Sequence[str] = ()
   ignore: Sequence[str] = ()
   grow: bool = False
@@ -102,11 +106,7 @@ def load_parts(
     ValueError: no such part, or what `load_into` raises, with the part's name.
   """
   found = {}
-  inner = {
-    name: getattr(model, name)
-    for name in fields_of(type(model))
-    if isinstance(getattr(model, name), nn.Module) and name in abstract_params
-  }
+  inner = {k: x for k, x in parts_of(model).items() if k in abstract_params}
   known = [field.name for field in dataclasses.fields(Part)]
   for name, said in init.items():
     if name not in {'model', *inner}:
@@ -128,6 +128,12 @@ def load_parts(
   return found
 
 
+def parts_of(model: nn.Module) -> dict[str, nn.Module]:
+  """The modules that are a model's fields, by name."""
+  found = {name: getattr(model, name) for name in fields_of(type(model))}
+  return {name: x for name, x in found.items() if isinstance(x, nn.Module)}
+
+
 def read(module: nn.Module, abstract_params: Any, part: Part) -> dict[str, jax.Array]:
   """What the file has of the module's parameters, by path; see `load_into`."""
   want = flax.traverse_util.flatten_dict(abstract_params, sep='/')
@@ -142,6 +148,20 @@ def read(module: nn.Module, abstract_params: Any, part: Part) -> dict[str, jax.A
     source = files.Source(path)
     family = huggingface.family_of(source)
   theirs = huggingface.model_of(source, family)
+  shapes = huggingface.shapes_of(theirs)
+  leaves = huggingface.leaves_of(family, theirs, shapes, source.names())
+  huggingface.check(source, family, theirs, leaves, shapes, None)
+  shapes = {k: x.shape for k, x in shapes.items()}
+  leaves = {leaf.ours: leaf for leaf in leaves}
+  if part.take:
+    inner = parts_of(theirs)
+    if part.take not in inner:
+      raise ValueError(
+        f'{part.spec} has no part {part.take!r}{closest(part.take, inner)}'
+      )
+    theirs, top = inner[part.take], f'{part.take}/'
+    shapes = {k.removeprefix(top): x for k, x in shapes.items() if k.startswith(top)}
+    leaves = {k.removeprefix(top): x for k, x in leaves.items() if k.startswith(top)}
   if type(theirs) is not type(module):
     raise ValueError(
       f'{part.spec} holds {type(theirs).__name__}, the part is {type(module).__name__}'
@@ -149,13 +169,10 @@ def read(module: nn.Module, abstract_params: Any, part: Part) -> dict[str, jax.A
   free = huggingface.FREE | _IN_TREE
   if differ := list(huggingface.differences(module, theirs, free=free)):
     raise ValueError(f'{part.spec} holds another model: here {"; here ".join(differ)}')
-  shapes = huggingface.shapes_of(theirs)
-  leaves = huggingface.leaves_of(family, theirs, shapes, source.names())
-  huggingface.check(source, family, theirs, leaves, shapes, None)
-  leaves = {leaf.ours: leaf for leaf in leaves}
   _compare(want, leaves, part)
+  grids = [getattr(m, 'position_grid', None) for m in (theirs, module)]
   return {
-    k: _fit(source, leaves[k], shapes[k].shape, x, part)
+    k: _fit(source, leaves[k], shapes[k], x, part, grids)
     for k, x in want.items()
     if k in leaves and not _matches(k, part.ignore)
   }
@@ -186,7 +203,7 @@ def _matches(path, patterns) -> bool:
   return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 
-def _fit(source, leaf: Leaf, shape, abstract, part: Part) -> jax.Array:
+def _fit(source, leaf: Leaf, shape, abstract, part: Part, grids) -> jax.Array:
   """A parameter at its place, fitted if only its size is another."""
   if tuple(shape) == tuple(abstract.shape):
     return place(source, leaf, abstract, _where(abstract))
@@ -211,8 +228,8 @@ def _fit(source, leaf: Leaf, shape, abstract, part: Part) -> jax.Array:
     )
   elif name.endswith('embed/positions') and want[0] < have[0]:
     x = surgery.cut_positions(all_of_it(), want[0])
-  elif name.endswith('position') and len(want) == 3:
-    x = surgery.resize_positions(all_of_it(), tuple(want[:2]))
+  elif name.endswith('position') and None not in grids:
+    x = surgery.resize_positions(all_of_it(), *grids)
   else:
     raise ValueError(f'{part.spec}: {name} is {have}, the model wants {want}')
   return _put(x, abstract)

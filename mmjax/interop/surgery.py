@@ -52,18 +52,28 @@ def padded(size: int, multiple: int) -> int:
   return -(-size // multiple) * multiple
 
 
-def resize_positions(table: Any, grid: tuple[int, int]) -> np.ndarray:
-  """A learned table for another grid, f[rows, columns, D] -> f[*grid, D].
+def resize_positions(
+  table: Any, old: tuple[int, int], new: tuple[int, int]
+) -> np.ndarray:
+  """A learned table for another grid, f[X + rows * columns, D] -> f[X + r * c, D].
 
-  What a picture of `grid` patches reads of the old table (`ops.grid.read_table`) are
-  the entries of the new one; the same grid gives the same table.
+  What a picture of `new` patches reads of the old table (`ops.grid.read_table`) are the
+  entries of the new one; the same grid gives the same table. The first X entries are
+  those of class tokens, and stay.
+
+  Raises:
+    ValueError: the table is smaller than the old grid.
   """
   table = np.asarray(table)
-  rows, columns = grid
+  first = len(table) - old[0] * old[1]
+  if first < 0:
+    raise ValueError(f'a table of {len(table)} positions has no grid {tuple(old)}')
+  rows, columns = new
   at = np.indices((1, rows, columns), np.int32).reshape(3, 1, -1).transpose(1, 2, 0)
-  sizes = np.broadcast_to(np.int32(grid), (1, rows * columns, 2))
-  read = jax.jit(read_table)(jnp.asarray(table), jnp.asarray(at), jnp.asarray(sizes))
-  return np.asarray(read).reshape(rows, columns, -1).astype(table.dtype)
+  sizes = np.broadcast_to(np.int32(new), (1, rows * columns, 2))
+  grid = table[first:].reshape(*old, -1)
+  read = jax.jit(read_table)(jnp.asarray(grid), jnp.asarray(at), jnp.asarray(sizes))
+  return np.concatenate([table[:first], np.asarray(read)[0].astype(table.dtype)])
 
 
 def cut_positions(table: Any, count: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import pytest
 
 from mmjax import models, sharding
 from mmjax.interop import huggingface as hf
-from mmjax.interop import pretrained
+from mmjax.interop import pretrained, surgery
 
 FIELDS = dict(
   vocab_size=40, embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,
@@ -97,6 +97,30 @@ def test_positions_are_cut(gpt2):
   )
   longer = model.clone(max_positions=12)
   refuses(longer, path, r'embed/positions is \[9, 16\], the model wants \[12, 16\]')
+
+
+def test_a_tower_of_a_larger_model_on_another_grid(tmp_path):
+  """CLIP's vision encoder, for pictures of 4 x 4 patches and not of 2 x 3."""
+  vision = dict(
+    name='vit', embed_dim=16, num_layers=1, num_heads=4, mlp_dim=24, pool='class',
+    position_grid=(2, 3), patch_bias=False, embedding_norm=True, activation='quick_gelu',
+  )  # fmt: skip
+  text = dict(GPT2, name='unified', activation='quick_gelu')
+  media = [['image', 12]]
+  clip = models.build(
+    'dual', vision=vision, text=text, embed_dim=10, media=media, logit_bias=False
+  )
+  params = random_params(clip)
+  hf.export(clip, params, tmp_path)
+  fields = {**vision, 'position_grid': (4, 4)}
+  vit = models.build(**fields, channels=12, mean=clip.vision.mean, std=clip.vision.std)
+  got = pretrained.load_into(vit, abstract(vit), str(tmp_path), take='vision')
+  table, old = got.pop('position'), params['vision'].pop('position')
+  same(got, params['vision'])
+  np.testing.assert_array_equal(table[0], old[0])
+  np.testing.assert_allclose(table, surgery.resize_positions(old, (2, 3), (4, 4)))
+  refuses(vit, tmp_path, 'holds Dual, the part is Vit')
+  refuses(vit, tmp_path, r"no part 'visoin'; did you mean 'vision'\?", take='visoin')
 
 
 def test_parts_may_be_left_out_by_pattern(llama):

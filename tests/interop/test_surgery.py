@@ -46,14 +46,19 @@ def test_padded():
 
 
 def test_the_same_grid_is_the_same_table():
-  table = RNG.normal(size=(3, 5, 4)).astype('f4')
-  np.testing.assert_array_equal(surgery.resize_positions(table, (3, 5)), table)
-  flat = np.full((3, 5, 4), 0.7, 'f4')
-  np.testing.assert_allclose(surgery.resize_positions(flat, (9, 2)), 0.7, rtol=1e-6)
-  ramp = np.broadcast_to(np.arange(8.0, dtype='f4')[:, None, None], (8, 2, 1))
+  table = RNG.normal(size=(1 + 3 * 5, 4)).astype('f4')
+  np.testing.assert_array_equal(surgery.resize_positions(table, (3, 5), (3, 5)), table)
+  flat = np.full((1 + 3 * 5, 4), 0.7, 'f4')
+  flat[0] = 9  # the class token's
+  got = surgery.resize_positions(flat, (3, 5), (9, 2))
+  assert got.shape == (19, 4) and (got[0] == 9).all()
+  np.testing.assert_allclose(got[1:], 0.7, rtol=1e-6)
+  ramp = np.arange(8.0, dtype='f4').repeat(2)[:, None]
   # Twice the rows: in the middle a ramp of half the slope.
-  doubled = surgery.resize_positions(ramp, (16, 2))[:, 0, 0]
+  doubled = surgery.resize_positions(ramp, (8, 2), (16, 2))[::2, 0]
   np.testing.assert_allclose(np.diff(doubled)[1:-1], 0.5, rtol=1e-5)
+  with pytest.raises(ValueError, match=r'a table of 16 positions has no grid \(9, 2\)'):
+    surgery.resize_positions(ramp, (9, 2), (3, 3))
 
 
 def test_an_encoder_with_the_resized_table_gives_what_it_gave():
@@ -73,7 +78,7 @@ def test_an_encoder_with_the_resized_table_gives_what_it_gave():
   bank.positions[0, :, 1:] = np.indices((3, 2)).reshape(2, -1).T
   made = jax.eval_shape(model.init, jax.random.key(0), bank)['params']
   params = jax.tree.map(lambda x: RNG.normal(size=x.shape).astype('f4'), made)
-  table = surgery.resize_positions(params['position'], (3, 2))
+  table = surgery.resize_positions(params['position'], (4, 4), (3, 2))
   other = model.clone(position_grid=(3, 2))
   want = jax.jit(model.apply)({'params': params}, bank).values
   got = jax.jit(other.apply)({'params': {**params, 'position': table}}, bank).values
