@@ -172,7 +172,7 @@ def test_refuses_data_without_pairs():
 
 
 def test_in_the_training_loop(tmp_path):
-  """A tiny dual encoder, with two microbatches and both evaluators."""
+  """A tiny dual encoder with both evaluators."""
   rng = np.random.default_rng(0)
   with Writer(tmp_path / 'data', ByteTokenizer()) as writer:
     for split, count in (('train', 48), ('test', 12)):
@@ -197,7 +197,7 @@ def test_in_the_training_loop(tmp_path):
         optim=dict(learning_rate=1e-2, schedule=dict(name='constant')),
         sharding=dict(max_replicated=1.0),
         train=dict(task='contrastive', contrastive=dict(loss='sigmoid'), steps=8,
-                   accumulate=2, log_every=4, checkpoint_every=4),
+                   log_every=4, checkpoint_every=4),
         eval=dict(retrieval=dict(every=4, limit=4, rows=4), zeroshot=dict(rows=4)),
       )
     )

@@ -15,6 +15,14 @@ from mmjax.ops.contrastive import clipped_exp, contrastive_loss
 N, E = 16, 5
 
 
+@pytest.fixture
+def quick_compiles():
+  """Programs run for milliseconds here; to optimise them takes seconds."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
 def pairs(seed=0, absent=True, dtype=np.float32):
   rng = np.random.default_rng(seed)
   x, y = rng.normal(size=(2, N, E))
@@ -67,7 +75,7 @@ MESHES = {
 
 @pytest.mark.parametrize('loss', contrastive.LOSSES)
 @pytest.mark.parametrize('mesh', MESHES)
-def test_value_and_gradient_of_the_whole_batch(loss, mesh):
+def test_value_and_gradient_of_the_whole_batch(loss, mesh, quick_compiles):
   """In float64, where what is no rounding can't hide; 3 doesn't divide any block."""
   with float64():
     args = pairs(dtype=np.float64)
@@ -86,7 +94,7 @@ def test_value_and_gradient_of_the_whole_batch(loss, mesh):
 
 
 @pytest.mark.parametrize('loss', contrastive.LOSSES)
-def test_the_same_group_is_no_negative(loss):
+def test_the_same_group_is_no_negative(loss, quick_compiles):
   args, groups = pairs(1), np.arange(N, dtype=np.int32) // 3
   got, want = graded(loss, 1024, args, groups), reference(loss, args, groups)
   jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, 2e-5, 2e-5), got, want)
@@ -108,7 +116,7 @@ def test_sums():
 
 
 @pytest.mark.parametrize('loss', contrastive.LOSSES)
-def test_nothing_is_finite(loss):
+def test_nothing_is_finite(loss, quick_compiles):
   """Without pairs, and with huge logits."""
   x, y, w, scale, bias = pairs()
   for args in ((x, y, 0 * w, scale, bias), (x, y, w, 1e4 * scale, bias)):
