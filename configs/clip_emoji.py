@@ -72,10 +72,10 @@ def get_config(variant: str = '') -> ConfigDict:
       ),
       sharding=dict(preset='dp', max_replicated=1.0, cpu_devices=2),
       train=dict(
-        task='contrastive', steps=600, log_every=20, checkpoint_every=200, keep=2
+        task='contrastive', steps=1200, log_every=20, checkpoint_every=400, keep=2
       ),
       eval=dict(
-        retrieval=dict(split='test', every=200, limit=1000),
+        retrieval=dict(split='test', every=400, limit=1000),
         zeroshot=dict(split='test', templates=('{}', '{} emoji', 'a drawing of {}')),
       ),
     )

@@ -154,5 +154,6 @@ class Ranking:
 
 
 def words(share: float) -> str:
-  """0.1234 as '12.3 %'."""
-  return f'{100 * share:.1f}\u00a0%'
+  """0.1234 as '12.3 %', 0.000264 as '0.026 %'."""
+  digits = '.2g' if 0 < share < 0.01 else '.1f'
+  return f'{100 * share:{digits}}\u00a0%'

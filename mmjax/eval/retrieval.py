@@ -129,7 +129,7 @@ class Retrieval:
     return (
       f'Of {found["retrieval/count"]:,.0f} pairs R@{k} is {words(shares[0])} from image'
       f' to text, {words(shares[1])} from text to image; chance is'
-      f' {100 * found[f"retrieval/chance/r{k}"]:.2g}\u00a0%.'
+      f' {words(found[f"retrieval/chance/r{k}"])}.'
     )
 
   def _records(self, task, r, chosen) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from mmjax.eval import report
-from mmjax.eval.ranking import Ranking, ranks
+from mmjax.eval.ranking import Ranking, ranks, words
 
 
 def test_ranks_against_sorting():
@@ -83,3 +83,9 @@ def test_a_page_of_nothing_and_one_that_is_full(monkeypatch):
   monkeypatch.setattr(report, '_BYTES', 150)
   assert report.page(0, {'x': _ranking(9)}).count('<article') < 9
   assert jinja2.__version__
+
+
+def test_words():
+  assert [words(x) for x in (0, 0.000264, 0.0531, 1)] == [
+    '0.0\u00a0%', '0.026\u00a0%', '5.3\u00a0%', '100.0\u00a0%'
+  ]  # fmt: skip
