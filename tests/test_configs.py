@@ -1,8 +1,8 @@
 """Every config file builds its model, optimizer and state, without computing them."""
 
 import ast
-import importlib.util
 import pathlib
+import runpy
 
 import jax
 import pytest
@@ -11,6 +11,8 @@ from mmjax.train import build, config, log
 from mmjax.train.loop import _refuse_uneven
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / 'configs').glob('*.py'))
+
+LARGE = {'flamingo_docs': 160_000_000}  # with what is read from files
 
 
 @pytest.mark.parametrize('variant', ['', ':tiny'])
@@ -27,7 +29,7 @@ def test_builds(file, variant):
   )
   assert loss.shape == () and sums['weight'].shape == ()
   count = sum(x.size for x in jax.tree.leaves(parts.abstract.params))
-  assert count < (200_000 if variant else 3_000_000)
+  assert count < (200_000 if variant else LARGE.get(file.stem, 3_000_000))
   again = config.from_json(config.to_json(made))
   assert config.refuse_changes(made, again) == []
 
@@ -37,10 +39,8 @@ def test_says_what_it_is_and_how_to_run_it(file):
   text = ast.get_docstring(ast.parse(file.read_text()))
   assert 'Expect:' in text
   assert f'COMMAND: python train.py --config=configs/{file.name}' in text
-  spec = importlib.util.spec_from_file_location(file.stem, file)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  assert len(config._flat(module.get_config())) <= 70
+  said = runpy.run_path(str(file))['get_config']()
+  assert len(config._flat(said)) <= 70
 
 
 def test_there_are_configs():

@@ -71,7 +71,7 @@ def prepare(
     with writer_lib.Writer(out, made_tokenizer, info, max_pixels=max_pixels) as writer:
       records = tqdm.tqdm(
         made.records(splits),
-        desc=f'preparing {source}',
+        desc=f'preparing {source if len(source) < 40 else source[:37] + "..."}',
         total=made.total(splits),
         unit=' docs',
         disable=not progress,
