@@ -20,6 +20,16 @@ import numpy as np
 
 _INK, _SOFT, _LINE = '#14181f', '#5b6472', '#e1e5eb'
 _OWN, _TRAIN, _SHUFFLED, _BLANK = '#2563eb', '#f08c2e', '#7b8798', '#b4bdc9'
+_TRAINING = (
+  ('train/accuracy', 'training, per token'),
+  ('train/accuracy_text', "training, an image's text in the batch"),
+)
+_RETRIEVAL = (
+  ('image_to_text/r1', '#0f9d78', 'R@1, image to text'),
+  ('text_to_image/r1', '#7c3aed', 'R@1, text to image'),
+  ('image_to_text/r10', _SHUFFLED, 'R@10, image to text'),
+  ('text_to_image/r10', _BLANK, 'R@10, text to image'),
+)
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -85,9 +95,10 @@ def draw(records: Iterable[Mapping[str, Any]], title: str = '') -> bytes:
       left.set_yscale('log')
     else:
       left.set_ylim(bottom=0)
-  steps, values = series(records, 'train/accuracy')
-  if len(steps):
-    _faint_and_smooth(right, steps, values, _TRAIN, 'training, per token')
+  for key, label in _TRAINING:
+    steps, values = series(records, key)
+    if len(steps):
+      _faint_and_smooth(right, steps, values, _TRAIN, label)
   for task in sorted({k.split('/')[1] for r in records for k in r if _is_eval(k)}):
     for suffix, color, label in (
       ('', _OWN, 'test'),
@@ -100,6 +111,12 @@ def draw(records: Iterable[Mapping[str, Any]], title: str = '') -> bytes:
         style = dict(color=color, linewidth=2, marker='o', markersize=4.5, zorder=4)
         style['zorder'] -= bool(suffix)  # the own images on top
         right.plot(steps, values, label=label, **style)
+  for key, color, label in _RETRIEVAL:
+    steps, values = series(records, f'eval/retrieval/{key}')
+    if len(steps):
+      label = f'{label} {100 * values[-1]:.1f} %'
+      right.plot(steps, values, label=label, color=color, linewidth=2, marker='o',
+                 markersize=4.5, zorder=4)  # fmt: skip
   right.set_ylim(0, 1.02)
   right.yaxis.set_major_formatter(lambda v, _: f'{100 * v:.0f} %')
   for axes in (left, right):

@@ -64,3 +64,11 @@ def test_smooth_against_a_loop():
     reach = min(i, 22 - i, 5 // 2)
     want.append(values[i - reach : i + reach + 1].mean())
   np.testing.assert_allclose(curves.smooth(values, 5), want, rtol=1e-12)
+
+
+def test_retrieval_has_its_curves():
+  records = [{'step': 5, 'train/accuracy_text': 0.5}]
+  for key in ('image_to_text/r1', 'text_to_image/r10'):
+    more = [*records, {'step': 5, f'eval/retrieval/{key}': 0.25}]
+    assert curves.draw(more) != curves.draw(records)
+    records = more
