@@ -143,13 +143,15 @@ class Checkpoints:
     return state, meta
 
   def restore_params(
-    self, params: Any, step: int | None = None
+    self, params: Any, step: int | None = None, part: str = ''
   ) -> tuple[Any, dict[str, Any]]:
     """Only what evaluation needs: the parameters, or their moving average.
 
     Args:
       params: shapes with shardings.
       step: which checkpoint; None = the newest whole one.
+      part: where the parameters are in the checkpoint's, as a path, if they are not all
+        of them.
 
     Returns:
       (parameters, meta data).
@@ -161,16 +163,30 @@ class Checkpoints:
     if not steps or step not in (None, *steps):
       what = 'no checkpoint' if step is None else f'no checkpoint of step {step}'
       raise CheckpointError(f'{what} in {self.directory} (there are: {steps})')
-    wanted = _flat(params)
+    wanted, prefix = _flat(params), ''
 
     def items(shapes):
+      nonlocal wanted, prefix
+      stored = _flat(shapes['params'])
+      if part and any(path.startswith(f'{part}/') for path in stored):
+        prefix = f'{part}/'
+        # What isn't wanted is read as well, and dropped.
+        mesh = jax.tree.leaves(params)[0].sharding.mesh
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        rest = {
+          path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+          for path, x in stored.items()
+          if not path.startswith(prefix)
+        }
+        wanted = rest | {prefix + path: x for path, x in _flat(params).items()}
       averaged = _flat(shapes.get('ema', {}))
-      part = {path: x for path, x in wanted.items() if path in averaged}
-      return {'params': _nested(wanted)} | ({'ema': _nested(part)} if part else {})
+      means = {path: x for path, x in wanted.items() if path in averaged}
+      return {'params': _nested(wanted)} | ({'ema': _nested(means)} if means else {})
 
     trees, meta = self._newest(steps if step is None else [step], items)
     leaves = _flat(trees['params']) | _flat(trees.get('ema', {}))
-    return _rebuild(params, leaves), meta
+    mine = {path: leaves[prefix + path] for path in _flat(params)}
+    return _rebuild(params, mine), meta
 
   def _newest(self, steps, wanted, accept=lambda meta: None):
     """(trees, meta) of the newest whole checkpoint; see `restore`."""

@@ -58,7 +58,7 @@ def defaults() -> ConfigDict:
         max_bad_share=0.01,
       ),
       model=dict(name='unified'),
-      init=dict(),  # by part of the model, or 'model': see mmjax.interop.pretrained
+      init=dict(),  # by part of the model, or 'model': see mmjax.train.begin
       optim=dict(
         name='adamw',
         learning_rate=1e-3,

@@ -22,11 +22,10 @@ from ml_collections import ConfigDict
 
 import mmjax
 from mmjax import sharding
-from mmjax.interop import pretrained
+from mmjax.train import begin, processes
 from mmjax.train import build as build_lib
 from mmjax.train import config as config_lib
 from mmjax.train import log as log_lib
-from mmjax.train import processes
 from mmjax.train.checkpoint import Checkpoints
 from mmjax.train.signals import Signalled, Signals
 from mmjax.train.step import compile_step, make_step
@@ -135,7 +134,7 @@ class _Run:
     sharding.refuse_replicated(params, places, self.config.sharding.max_replicated)
     found = self.checkpoints.restore(parts.abstract, self._accept)
     if found is None:
-      given = pretrained.load_parts(parts.model, params, self.config.init.to_dict())
+      given = begin.parameters(parts.model, params, self.config.init.to_dict())
       if given:
         count = sum(x.size for x in given.values())
         _log.info('%s parameters from %s', f'{count:,}', self.config.init.to_json())
