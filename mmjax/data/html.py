@@ -44,6 +44,8 @@ class Html:
   max_side: larger images are scaled down; None = files stay as they are.
   figures_first: the image of a figure before its caption, wherever that stands.
   test_share: of the pages; by a hash of the page's path, so no page is in both splits.
+    A piece of a test page with an image that also stands on a training page is left
+    out ('image_of_training'), so no image is either.
   """
 
   folders: str
@@ -91,8 +93,14 @@ class Html:
     Raises:
       ValueError: a folder that isn't there, or has no such page.
     """
+    known = {
+      digest
+      for _, page in self._pages
+      if self._split(page) == 'train'
+      for digest in page.images.values()
+    }
     for name, page in self._pages:
-      split = 'test' if share_of(page.path) < self.test_share else 'train'
+      split = self._split(page)
       if splits is not None and split not in splits:
         continue
       for error in page.bad:
@@ -106,8 +114,13 @@ class Html:
           yield split, error
         elif sum(b.kind == 'image' for b in piece) < self.min_images:
           yield split, BadDocument('few_images', where)
+        elif split == 'test' and known & {page.images.get(b.value) for b in piece}:
+          yield split, BadDocument('image_of_training', where)
         else:
           yield split, Document(self._spans(piece), where)
+
+  def _split(self, page: 'Page') -> str:
+    return 'test' if share_of(page.path) < self.test_share else 'train'
 
   def _spans(self, piece: Sequence[Block]) -> tuple[Text | Image, ...]:
     spans, lines = [], []
@@ -150,12 +163,17 @@ def share_of(path: str) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-  """A page as read: its path in the folder, hash, blocks, and what was left out."""
+  """A page as read.
+
+  path: in the folder; digest: of the file; blocks: text, and images by their files;
+  bad: what was left out; images: digests by file.
+  """
 
   path: str
   digest: str
   blocks: list[Block]
   bad: list[BadDocument]
+  images: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def read_folder(root: pathlib.Path, pattern: str, rules: Html) -> list[Page]:
@@ -200,6 +218,8 @@ def read_folder(root: pathlib.Path, pattern: str, rules: Html) -> list[Page]:
         page.bad.append(BadDocument(f'image_{reason}', f'{page.path}: {name}'))
       else:
         kept.append(block)
+        if block.kind == 'image':
+          page.images[block.value] = digest
     page.blocks[:] = kept
   return pages
 

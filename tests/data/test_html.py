@@ -143,9 +143,9 @@ def test_what_cannot_be_used_is_counted(manual, tmp_path):
 def test_no_page_is_in_both_splits(tmp_path):
   pages = tmp_path / 'p'
   pages.mkdir()
-  (pages / 'a.png').write_bytes(picture(5))
   for i in range(200):
-    text = '<img src="a.png"><p>one two three.</p>' * 3
+    (pages / f'{i}.png').write_bytes(picture(i))
+    text = f'<img src="{i}.png"><p>one two three.</p>' * 3
     (pages / f'{i}.html').write_text(text)
   good, _ = found(pages, max_words=3, max_share=1.0, test_share=0.25)
   assert len(good) == 600
@@ -162,6 +162,24 @@ def test_no_page_is_in_both_splits(tmp_path):
     assert document.id.partition('#')[0] in by_split[split]
   source = Html(str(moved), max_share=1.0)
   assert {split for split, _ in source.records(['test'])} == {'test'}
+
+
+def test_no_image_is_in_both_splits(tmp_path):
+  """Every second page shows page 0's image in a second piece."""
+  for i in range(60):
+    (tmp_path / f'{i}.png').write_bytes(picture(i))
+    shared = f'<h1>two</h1><img src="{0 if i % 2 else i}.png"><p>three four.</p>'
+    own = f'<img src="{i}.png"><p>one two three.</p>'
+    (tmp_path / f'{i}.html').write_text(own + shared)
+  rules = dict(max_words=4, max_images=1, max_share=1.0, test_share=0.3)
+  good, bad = found(tmp_path, **rules)
+  images = {'train': set(), 'test': set()}
+  for split, document in good:
+    images[split] |= {s.content for s in document.spans if isinstance(s, Image)}
+  assert images['train'] and images['test'] and not images['train'] & images['test']
+  assert 'image_of_training' in str(bad)
+  # Nothing is lost of training.
+  assert sum(split == 'train' for split, _ in good) % 2 == 0
 
 
 def test_pieces_are_whole_blocks_within_bounds():
