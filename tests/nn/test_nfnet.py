@@ -1,6 +1,6 @@
-import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ import pytest
 from mmjax.batch import Bank, BankBudget, Budget, Item
 from mmjax.nn.nfnet import ACTIVATIONS, DEPTHS, Block, NFNet, WSConv
 
+KEY = jax.random.key(0)
 TINY = NFNet(
   channels=48, image_grid=(3, 3), stem=(4, 4, 8), widths=(16, 24), depths=(1, 2),
   group_width=4, num_classes=0, pool='mean',
@@ -85,12 +86,6 @@ def random_params():
   return jax.tree.map(draw, shapes(TINY))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def apply(model, params, bank, train=False, seed=0):
-  rngs = {'dropout': jax.random.key(seed)}
-  return model.apply({'params': params}, bank, train=train, rngs=rngs)
-
-
 def test_equals_the_paper_in_numpy():
   def conv(x, p, stride=1):
     w = p['kernel'].astype(np.float64)
@@ -131,21 +126,40 @@ def test_equals_the_paper_in_numpy():
     gate = np.maximum(hidden, 0) @ p['se']['up']['kernel'] + p['se']['up']['bias']
     x = x + 0.2 * p['skip_gain'] * y * 2 / (1 + np.exp(-gate))
   want = act(conv(x, params['last'])).reshape(4, -1)
-  got = apply(TINY, params, bank).values[0]
+  got = jax.jit(TINY.apply)({'params': params}, bank).values[0]
   assert np.abs(want).max() > 1
   np.testing.assert_allclose(got, want, rtol=0, atol=3e-5 * np.abs(want).max())
 
 
-def test_dropped_blocks():
-  """Each picture has its own draw; blocks are dropped more often the deeper they are."""
-  model, bank = TINY.clone(drop_rate=0.75), pictures(48)
-  bank = dataclasses.replace(bank, values=np.repeat(bank.values[:1], 48, 0))
-  drawn = apply(model, random_params(), bank, True).pooled[:, 0, 0]
-  kinds, counts = np.unique(drawn.round(3), return_counts=True)
-  # The first is never dropped; the second is kept for 3/4, the third for half.
-  assert len(kinds) == 4 and counts.min() >= 2
-  again = apply(model, random_params(), bank, True, 1).pooled[:, 0, 0]
-  assert np.any(drawn != again)
+def test_a_dropped_block_is_passed_by_and_a_kept_one_makes_up_for_it():
+  """Each picture has its own draw."""
+  block = Block(8, 1, 4, alpha=0.5, beta=1.0, keep=0.5)
+  x = np.random.default_rng(0).standard_normal((1, 3, 3, 8)).astype(np.float32)
+  x = np.repeat(x, 32, 0)
+  made = jax.eval_shape(block.init, dict(params=KEY, dropout=KEY), x)
+  rng = np.random.default_rng(0)
+  made = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), made)
+  added = jax.jit(lambda x: block.clone(keep=1.0).apply(made, x))(x) - x
+  got = jax.jit(lambda x, key: block.apply(made, x, rngs={'dropout': key}))(x, KEY) - x
+  dropped = ~np.any(got, (1, 2, 3))
+  assert 8 <= dropped.sum() <= 24
+  np.testing.assert_allclose(got[~dropped], 2 * added[~dropped], atol=1e-5)
+
+
+def test_blocks_are_dropped_more_often_the_deeper_they_are():
+  model, seen = TINY.clone(drop_rate=0.6), []
+  params = shapes(model)
+
+  def note(next_call, args, kwargs, context):
+    if type(context.module).__name__ == 'Block':
+      seen.append(context.module.keep)
+    return next_call(*args, **kwargs)
+
+  for train in (True, False):
+    with nn.intercept_methods(note):
+      run = functools.partial(model.apply, train=train, rngs={'dropout': KEY})
+      jax.eval_shape(run, {'params': params}, pictures())
+  np.testing.assert_allclose(seen, [1, 0.8, 0.6, 1, 1, 1])
 
 
 @pytest.mark.parametrize(
