@@ -414,3 +414,21 @@ def test_a_part_of_a_tower_leaves_the_rest_where_it_is(tower, tmp_path):
   made = jax.eval_shape(odd.init, jax.random.key(0), models.padding(odd))['params']
   with pytest.raises(ValueError, match='15 channels are no square patch of three'):
     hf.export(odd, made, tmp_path)
+
+
+@pytest.mark.parametrize('kind', ['clip', 'siglip'])
+def test_towers_go_to_their_places_on_a_mesh(kind, tmp_path):
+  model, params = random_model(kind)
+  hf.export(model, params, tmp_path)
+  mesh = sharding.make_mesh({'fsdp': 2, 'tensor': 4})
+  _, got = hf.load(tmp_path, mesh=mesh, rules=sharding.rules_for('fsdp+tensor'))
+  assert same(got, params)
+  patch = got['vision']['patch']['kernel']
+  assert patch.sharding.shard_shape(patch.shape) == (12, 8)
+
+
+@pytest.mark.parametrize('kind', ['clip', 'siglip'])
+def test_a_dual_encoder_of_other_parts_is_none_of_theirs(kind):
+  model, _ = random_model(kind)
+  with pytest.raises(ValueError, match='its vision is no Vit'):
+    hf.FAMILIES[kind].config(model.clone(vision=model.text))

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from mmjax.interop.families.vit import Patches, patch_size
 from mmjax.interop.leaf import Leaf, join
 
 LEAVES = [
@@ -98,3 +99,34 @@ def test_refuses(axes, message):
 def test_refuses_a_shape_of_other_axes():
   with pytest.raises(ValueError, match=r"w: shape \(2, 3\) does not fit '\(N H\) D"):
     LEAVES[0].their_shape((2, 3))
+
+
+def test_patches_are_cut_by_a_convolution():
+  """Every slice of the kernel of rows, columns and colours; back bit by bit."""
+  leaf = Patches('w', 'W')
+  theirs = np.random.default_rng(0).normal(size=(5, 3, 2, 2))
+  ours = np.stack(
+    [theirs[:, c, h, w] for h in range(2) for w in range(2) for c in range(3)]
+  )
+  assert leaf.their_shape(ours.shape) == theirs.shape
+  for rows, columns in itertools.product(
+    (slice(None), slice(3, 7), slice(11, 12)), (slice(None), slice(1, 3))
+  ):
+    counted = Counted(theirs)
+    got = leaf.take(counted, ours.shape, (rows, columns))
+    np.testing.assert_array_equal(got, ours[rows, columns])
+    assert counted.read == 12 * ours[:, columns].shape[1]
+  np.testing.assert_array_equal(join([leaf], {'w': ours}), theirs)
+  assert [patch_size(n) for n in (3, 588, 768)] == [1, 14, 16]
+  for channels in (6, 14, 80):
+    with pytest.raises(ValueError, match=f'{channels} channels are no square patch'):
+      patch_size(channels)
+
+
+@pytest.mark.parametrize(('axes', 'shape'), [('->', ()), ('1 ->', (1,))])
+def test_a_number_stays_one(axes, shape):
+  leaf, x = Leaf('w', 'W', axes), np.full(shape, 2.5)
+  assert leaf.their_shape(()) == shape
+  got = leaf.take(x, (), ())
+  assert got.shape == () and got == 2.5
+  assert join([leaf], {'w': got}).shape == shape

@@ -84,7 +84,11 @@ def image_fields(config: dict[str, Any], said: dict[str, Any], colours) -> dict[
 
 
 def image_config(model: Vit) -> dict[str, Any]:
-  """What a tower's config says of images."""
+  """What a tower's config says of images.
+
+  The size is that of whole patches: 384 pixels in patches of 14 come back as 378, which
+  are those that were read.
+  """
   p = patch_size(model.channels)
   rows, columns = (p * n for n in model.position_grid)
   size = rows if rows == columns else [rows, columns]
