@@ -3,9 +3,11 @@
   config.init = dict(model='runs/stage1')             all parameters of another run
   config.init = dict(lm='runs/words', vision='...')   of its part lm, or of a run that
                                                       trained such a part alone
+  config.init = dict(lm=dict(spec='runs/words', ignore=['embed/image/*']))
 
 A spec that is a workdir with checkpoints means its newest whole one, and the moving
-average where there is one; any other is `interop.pretrained`'s.
+average where there is one; what is to be ignored may be there and not be needed. Any
+other spec is `interop.pretrained`'s.
 """
 
 import pathlib
@@ -48,7 +50,8 @@ def parameters(
     wanted = abstract_params if whole else abstract_params[name]
     runs = Checkpoints(workdir / 'checkpoints', read_only=True)
     try:
-      params, _ = runs.restore_params(wanted, part='' if whole else name)
+      part, ignore = '' if whole else name, _ignored(said)
+      params, _ = runs.restore_params(wanted, part=part, ignore=ignore)
     except ValueError as error:
       raise ValueError(f'init.{name}: {error}') from error
     finally:
@@ -65,3 +68,12 @@ def _workdir(said) -> pathlib.Path | None:
     return None
   path = find(spec)
   return path if (path / 'checkpoints').is_dir() else None
+
+
+def _ignored(said) -> tuple[str, ...]:
+  if isinstance(said, str):
+    return ()
+  for key in said:
+    if key not in ('spec', 'ignore'):
+      raise ValueError(f'of a run, there is no {key!r} to say (choices: spec, ignore)')
+  return tuple(said.get('ignore', ()))

@@ -16,11 +16,12 @@ taken. Nothing is unpickled.
 import contextlib
 import dataclasses
 import errno
+import fnmatch
 import logging
 import math
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.traverse_util
@@ -143,15 +144,20 @@ class Checkpoints:
     return state, meta
 
   def restore_params(
-    self, params: Any, step: int | None = None, part: str = ''
+    self,
+    params: Any,
+    step: int | None = None,
+    *,
+    part: str = '',
+    ignore: Sequence[str] = (),
   ) -> tuple[Any, dict[str, Any]]:
     """Only what evaluation needs: the parameters, or their moving average.
 
     Args:
       params: shapes with shardings.
       step: which checkpoint; None = the newest whole one.
-      part: where the parameters are in the checkpoint's, as a path, if they are not all
-        of them.
+      part: where the parameters are in the checkpoint's, if they are a part of them.
+      ignore: patterns of paths that the checkpoint may have besides (in the part).
 
     Returns:
       (parameters, meta data).
@@ -163,30 +169,30 @@ class Checkpoints:
     if not steps or step not in (None, *steps):
       what = 'no checkpoint' if step is None else f'no checkpoint of step {step}'
       raise CheckpointError(f'{what} in {self.directory} (there are: {steps})')
-    wanted, prefix = _flat(params), ''
+    wanted = _flat(params)
+    names = dict(zip(wanted, wanted))  # by our path, that of the checkpoint
 
     def items(shapes):
-      nonlocal wanted, prefix
+      nonlocal names
       stored = _flat(shapes['params'])
-      if part and any(path.startswith(f'{part}/') for path in stored):
-        prefix = f'{part}/'
-        # What isn't wanted is read as well, and dropped.
-        mesh = jax.tree.leaves(params)[0].sharding.mesh
-        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        rest = {
-          path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
-          for path, x in stored.items()
-          if not path.startswith(prefix)
-        }
-        wanted = rest | {prefix + path: x for path, x in _flat(params).items()}
+      inside = part and any(path.startswith(f'{part}/') for path in stored)
+      names = {path: f'{part}/{path}' if inside else path for path in wanted}
+      needed = {names[path]: x for path, x in wanted.items()}
+      spare = [
+        path
+        for path in stored.keys() - needed.keys()
+        if (inside and not path.startswith(f'{part}/'))
+        or any(fnmatch.fnmatchcase(path, f'{part}/{p}' if inside else p) for p in ignore)
+      ]
+      if spare:  # read as well, and dropped
+        needed |= _whole({path: stored[path] for path in spare}, params)
       averaged = _flat(shapes.get('ema', {}))
-      means = {path: x for path, x in wanted.items() if path in averaged}
-      return {'params': _nested(wanted)} | ({'ema': _nested(means)} if means else {})
+      means = {path: x for path, x in needed.items() if path in averaged}
+      return {'params': _nested(needed)} | ({'ema': _nested(means)} if means else {})
 
     trees, meta = self._newest(steps if step is None else [step], items)
     leaves = _flat(trees['params']) | _flat(trees.get('ema', {}))
-    mine = {path: leaves[prefix + path] for path in _flat(params)}
-    return _rebuild(params, mine), meta
+    return _rebuild(params, {path: leaves[names[path]] for path in wanted}), meta
 
   def _newest(self, steps, wanted, accept=lambda meta: None):
     """(trees, meta) of the newest whole checkpoint; see `restore`."""
@@ -341,6 +347,15 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
 def _rebuild(tree: Any, flat: dict[str, Any]) -> Any:
   """The tree with its leaves taken from `flat` by path."""
   return jax.tree.unflatten(jax.tree.structure(tree), [flat[p] for p in _flat(tree)])
+
+
+def _whole(flat, params):
+  """Shapes of arrays that are whole on every device of the params' mesh."""
+  mesh = jax.tree.leaves(params)[0].sharding.mesh
+  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  return {
+    k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for k, x in flat.items()
+  }
 
 
 def _line(error: BaseException) -> str:
