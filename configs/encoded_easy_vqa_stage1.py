@@ -7,6 +7,8 @@ encoder that has seen much; this one is drawn, so encoder and projector train to
 (`mmjax.models.encoded.STAGE1` freezes both others). Stage 2 goes on from here:
 configs/encoded_easy_vqa_stage2.py.
 
+Expect: only `:tiny` was run so far, which learns nothing.
+
 COMMAND: python train.py --config=configs/quickstart.py --workdir=runs/quickstart
   python train.py --config=configs/encoded_easy_vqa_stage1.py \
     --workdir=runs/encoded_stage1

@@ -3,6 +3,8 @@
 Goes on from the parameters of configs/encoded_easy_vqa_stage1.py; the encoder stays as
 it is, projector and language model are trained at a lower rate (LLaVA, 2304.08485).
 
+Expect: only `:tiny` was run so far, which learns nothing.
+
 COMMAND: python train.py --config=configs/encoded_easy_vqa_stage2.py \
     --workdir=runs/encoded_stage2
 In under a minute, after stage 1's :tiny (all of it works, nothing is learnt):
