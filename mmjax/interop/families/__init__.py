@@ -6,6 +6,7 @@ from mmjax.interop.families.family import Family
 from mmjax.interop.families.fuyu import FUYU
 from mmjax.interop.families.gpt2 import GPT2
 from mmjax.interop.families.llama import GEMMA, LLAMA, QWEN2
+from mmjax.interop.families.resnet import RESNET
 from mmjax.interop.families.siglip import SIGLIP, SIGLIP_VISION
 from mmjax.interop.families.vit import VIT
 
@@ -17,6 +18,7 @@ FAMILIES = {
   'bert': BERT,
   'fuyu': FUYU,
   'vit': VIT,
+  'resnet': RESNET,
   'clip': CLIP,
   'clip_vision_model': CLIP_VISION,
   'siglip': SIGLIP,
