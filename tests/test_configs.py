@@ -12,7 +12,10 @@ from mmjax.train.loop import _refuse_uneven
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / 'configs').glob('*.py'))
 
-LARGE = {'flamingo_docs': 160_000_000, 'lit_emoji': 30_000_000}  # with what is read from files
+LARGE = {
+  'flamingo_docs': 160_000_000,
+  'lit_emoji': 30_000_000,
+}  # with what is read from files
 
 
 @pytest.mark.parametrize('variant', ['', ':tiny'])
