@@ -34,6 +34,7 @@ CLIP_VISION = dict(
   VIT, pool='class', patch_bias=False, embedding_norm=True, activation='quick_gelu',
   mean=(122.770938, 116.746013, 104.093736), std=(68.500533, 66.632158, 70.323163),
 )  # fmt: skip
+CLIP_PATCHES = dict(CLIP_VISION, pool='none', class_token=True, final_norm=False)
 SIGLIP_VISION = dict(VIT, pool='map', activation='gelu_tanh')
 MODELS = {
   'vit': ('vit', dict(VIT, pool='class', num_classes=3, mean=(1.0, 2.5, 3.123456))),
@@ -66,6 +67,45 @@ MODELS = {
   ),
   'gpt2': ('unified', GPT2),
   'bert': ('encoder', dict(WIDTHS, pooler=True, mlm_head=True)),
+  'fuyu': (
+    'unified',
+    dict(
+      WIDTHS, norm='layer', bias='all', gated=False, activation='relu2', qk_norm=True,
+      rotary_dim=2, rope_base=25_000.0, norm_eps=1e-5, scale_embedding=False,
+      tie_embeddings=False, media=(('image', 12),),
+    ),
+  ),
+  'llava': (
+    'encoded',
+    dict(
+      lm=dict(LLAMA, name='unified'),
+      vision=dict(CLIP_PATCHES, name='vit'),
+      projector=dict(name='mlp'),
+      media=(('image', 12),),
+    ),
+  ),
+  'paligemma': (
+    'encoded',
+    dict(
+      lm=dict(WIDTHS, name='unified', norm='rms_offset', activation='gelu_tanh'),
+      vision=dict(SIGLIP_VISION, name='vit', pool='none'),
+      projector=dict(name='linear'),
+      media=(('image', 12),),
+    ),
+  ),
+  'idefics': (
+    'flamingo',
+    dict(
+      lm=dict(WIDTHS, name='unified', scale_embedding=False, tie_embeddings=False,
+              extra_words=2),
+      vision=dict(CLIP_PATCHES, name='vit', give_class=True),
+      resampler=dict(embed_dim=16, num_layers=2, num_heads=2, head_dim=6, mlp_dim=64,
+                     num_latents=3, activation='relu', norm_eps=1e-5),
+      media=(('image', 12),), marker=39, cross_every=2, cross_heads=4, cross_head_dim=4,
+      cross_mlp_dim=24, cross_norm='rms', cross_activation='silu', cross_gated=True,
+      cross_qk_norm=True, gate_vector=True,
+    ),
+  ),
 }  # fmt: skip
 
 

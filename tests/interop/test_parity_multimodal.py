@@ -56,7 +56,48 @@ def fuyu(t):
   return t.FuyuForCausalLM(config)
 
 
-THEIRS = {'fuyu': fuyu}
+def llava(t):
+  config = t.LlavaConfig(
+    vision_config=t.CLIPVisionConfig(**VISION),
+    text_config=t.LlamaConfig(**TEXT, num_key_value_heads=2),
+    image_token_index=IMAGE,
+  )
+  return t.LlavaForConditionalGeneration(config)
+
+
+def paligemma(t):
+  text = t.GemmaConfig(**TEXT, num_key_value_heads=1, head_dim=8)
+  vision = t.SiglipVisionConfig(**VISION, vision_use_head=False)
+  config = t.PaliGemmaConfig(
+    vision_config={**vision.to_dict(), 'projection_dim': TEXT['hidden_size']},
+    text_config=text.to_dict(),
+    projection_dim=TEXT['hidden_size'],
+    image_token_index=IMAGE,
+  )
+  return t.PaliGemmaForConditionalGeneration(config)
+
+
+def idefics(t, **more):
+  vision = {k: v for k, v in VISION.items() if k != 'hidden_size'}
+  config = t.IdeficsConfig(
+    **TEXT, **more, additional_vocab_size=2, use_resampler=True, cross_layer_interval=2,
+    vision_config=dict(vision, embed_dim=VISION['hidden_size']),
+    perceiver_config=dict(RESAMPLER, qk_layer_norms_perceiver='qk_layer_norms' in more),
+  )  # fmt: skip
+  return t.IdeficsForVisionText2Text(config)
+
+
+def idefics_vector(t):
+  return idefics(t, qk_layer_norms=True, alpha_type='vector', tie_word_embeddings=True)
+
+
+THEIRS = {
+  'fuyu': fuyu,
+  'llava': llava,
+  'paligemma': paligemma,
+  'idefics': idefics,
+  'idefics-vector': idefics_vector,
+}
 
 
 @pytest.fixture(scope='module')
@@ -102,7 +143,7 @@ def patches(pixels):
 
 
 def slots(name):
-  return 1 if name == 'idefics' else 4
+  return 1 if name.startswith('idefics') else 4
 
 
 def batch(name):
@@ -154,7 +195,7 @@ def theirs(name, model):
     if name == 'paligemma':
       more['token_type_ids'] = torch.zeros_like(ids)
       more['token_type_ids'][0, -1] = 1
-    if name == 'idefics':
+    if name.startswith('idefics'):
       ids[ids == IMAGE] = 41
       pixels, seen = pixels[None], torch.cumsum(ids[0] == 41, 0)
       mask = seen[:, None] == 1 + torch.arange(pixels.shape[1])[None]
@@ -231,7 +272,10 @@ def test_gradients_agree(name, made, tmp_path):
 def test_transformers_opens_what_we_export(name, made, tmp_path):
   model, path = made(name)
   ours, params = hf.load(path)
-  hf.export(ours, params, tmp_path)
+  tokens = dict.fromkeys(
+    {'fuyu': ['image_token_id']}.get(name, ['image_token_index']), IMAGE
+  )
+  hf.export(ours, params, tmp_path, **({} if name.startswith('idefics') else tokens))
   again, same = hf.load(tmp_path)
   assert again == ours
   jax.tree.map(np.testing.assert_array_equal, same, params)

@@ -1,7 +1,8 @@
 """Fuyu (Adept, 2023): raw patches in the stream of Persimmon, one module of ours.
 
 Slots of an image are tokens like others: causal, and with positions that count on, so
-data for it have image_attention='causal' and image_positions='count'.
+data for it have image_attention='causal' and image_positions='count'. `export` takes
+image_token_id=..., where their token of a slot isn't that of the published model.
 """
 
 from mmjax.interop.families.family import (
