@@ -60,7 +60,8 @@ class Flamingo(nn.Module):
     resampler: features to latents.
     media: ((kind, channels),), one kind.
     marker: the token that the language model reads at an item's slot.
-    cross_every: k, layers from one cross-attention to the next.
+    cross_every: k, layers from one cross-attention to the next: a share of 1/k of the
+      layers has one before it.
     cross_heads, cross_head_dim, cross_mlp_dim: default: N and H of `lm`, 4 D.
     cross_norm, cross_activation, cross_gated, cross_qk_norm: see
       `nn.cross_attention.Config`.

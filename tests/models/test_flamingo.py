@@ -253,30 +253,90 @@ def test_bridges_to_nnx():
   assert_close(bridged(batch), model.apply({'params': made}, batch), 1e-5)
 
 
-def test_flamingo_3b_has_its_published_sizes_where_the_paper_tells_them():
-  """Flamingo-3B (2204.14198, tables 1 and 5), without computing anything.
+# Of the language model D, layers and k (2204.14198, tables 1 and 5), and what the paper
+# says of the cross-attention, in billions of parameters.
+PAPER = {'3B': (2048, 24, 1, 1.2), '9B': (4096, 40, 4, 1.6)}
 
-  Its cross-attention has the published 1.2 billion parameters. The resampler has 189
-  million and not 194: the paper doesn't tell how wide the features are that enter it.
-  Its language model (relative positions) and encoder (NFNet-F6) are others than here.
+
+@pytest.mark.parametrize('name', PAPER)
+def test_trained_parts_have_their_published_sizes(name):
+  """Without computing anything: 194 million in the resampler, 1.2 and 1.6 billion.
+
+  An NFNet's features are 3072 wide, as the encoder's here that stands for it, and are
+  projected to the resampler's 1536. The 10 billion of Flamingo-80B don't follow from
+  what the paper tells: 12 blocks of width 8192 with an MLP of 4 D come to 6.9.
   """
+  D, layers, k, billions = PAPER[name]
   model = models.build(
-    'flamingo', vocab_size=32_000, media=[['image', 768]],
+    'flamingo', vocab_size=32_000, media=[['image', 768]], cross_every=k,
+    cross_heads=16,
     lm=dict(
-      name='unified', embed_dim=2048, num_layers=24, num_heads=16, num_kv_heads=16,
-      head_dim=128, mlp_dim=8192,
+      name='unified', embed_dim=D, num_layers=layers, num_heads=D // 128,
+      num_kv_heads=D // 128, head_dim=128, mlp_dim=4 * D,
     ),
-    vision=dict(name='vit', embed_dim=1536, num_layers=1, num_heads=16, mlp_dim=6144),
+    vision=dict(name='vit', embed_dim=3072, num_layers=1, num_heads=16, mlp_dim=6144),
     resampler=dict(embed_dim=1536, num_heads=16, head_dim=128),
   )  # fmt: skip
   batch = Budget(8, 4, {'image': BankBudget(4, 1, 768)}).empty(1)
   made = jax.eval_shape(model.init, jax.random.key(0), batch)['params']
   size = {part: sum(x.size for x in jax.tree.leaves(made[part])) for part in made}
-  assert round(size['cross'] / 1e9, 1) == 1.2
-  kernels = 6 * (4 * 1536 * 2048 + 2 * 1536 * 6144) + 64 * 1536
+  assert round(size['cross'] / 1e9, 1) == billions
+  kernels = 6 * (4 * 1536 * 2048 + 2 * 1536 * 6144) + 64 * 1536 + 3072 * 1536
   assert size['resampler'] == kernels + (6 * 3 + 1) * 2 * 1536
-  assert round(size['resampler'] / 1e6) == 189
-  assert jax.eval_shape(model.apply, {'params': made}, batch).shape == (1, 8, 2048)
+  assert round(size['resampler'] / 1e6) == 194
+  assert jax.eval_shape(model.apply, {'params': made}, batch).shape == (1, 8, D)
+
+
+def test_only_the_latents_that_are_seen_matter():
+  """Of three latents two are looked at, so the third's key and value don't matter."""
+  model, batch = build(latents_seen=2), pack([documents()])
+
+  def latents(m, batch):
+    return m._latents(batch.bank['image'], False)
+
+  def both(m):
+    return jax.jit(functools.partial(m.apply, method=latents))(
+      {'params': params()}, batch
+    )
+
+  want, got = both(MODEL), both(model)
+  B, S, D = want.shape
+  np.testing.assert_array_equal(
+    got, want.reshape(B, -1, 3, D)[:, :, :2].reshape(B, -1, D)
+  )
+  assert np.abs(logits(params(), batch, model) - logits(params(), batch)).max() > 1e-3
+
+
+def test_frames_of_a_video_and_their_order_matter():
+  """An item of three frames: the encoder sees each alone, the resampler tells them."""
+  rng = np.random.default_rng(0)
+  video = rng.integers(0, 255, (3, 4, 6))  # frames, patches, values
+  model = build(resampler=FIELDS['resampler'] | dict(num_frames=4))
+
+  def batch_of(frames):
+    image = ('image', np.zeros((3, 4, 6)))
+    batch = pack([[[image, ('text', np.array([5, 6]), True)]]], T=8, P=16)
+    bank = batch.bank['image']
+    bank.values[0, :12] = frames.reshape(12, 6)
+    cells = np.stack(np.meshgrid(range(3), range(2), range(2), indexing='ij'), -1)
+    bank.positions[0, :12] = cells.reshape(12, 3)
+    return batch
+
+  weights = jax.jit(model.init)(jax.random.key(0), batch_of(video))['params']
+  weights['cross'] = jax.tree.map(lambda x: x + 0.5, weights['cross'])
+  weights['resampler']['time'] *= 50
+  want = logits(weights, batch_of(video), model)
+  turned = logits(weights, batch_of(video[::-1]), model)
+  assert np.abs(want - turned)[0, :3].max() > 1e-3
+  flat = jax.tree.map(lambda x: x, weights)
+  flat['resampler']['time'] = jnp.zeros_like(flat['resampler']['time'])
+  same = logits(flat, batch_of(video[::-1]), model)
+  np.testing.assert_allclose(
+    logits(flat, batch_of(video), model)[0, :3], same[0, :3], atol=1e-5
+  )  # without time embeddings, frames are a bag
+  other = video.copy()
+  other[2, 3] += 100
+  assert np.abs(logits(weights, batch_of(other), model) - want)[0, :3].max() > 1e-4
 
 
 def test_an_item_takes_one_slot():
@@ -288,6 +348,7 @@ def test_an_item_takes_one_slot():
   [
     (dict(media=[['image', 6], ['audio', 6]]), 'looks at one kind of media, got'),
     (dict(cross_every=0), 'cross_every=0 must be at least 1'),
+    (dict(latents_seen=4), 'latents_seen=4 is not in 1..3'),
     (dict(marker=40), 'marker=40 is not in 0..39'),
     (dict(gate='tan'), "unknown gate 'tan'; did you mean 'tanh'"),
     (
