@@ -307,6 +307,7 @@ def test_only_the_latents_that_are_seen_matter():
   assert np.abs(logits(params(), batch, model) - logits(params(), batch)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_frames_of_a_video_and_their_order_matter():
   """An item of three frames: the encoder sees each alone, the resampler tells them."""
   rng = np.random.default_rng(0)

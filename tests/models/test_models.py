@@ -26,6 +26,8 @@ def test_builds_from_config_values():
     ('unified', dict(vocab_size=9, parent=None), "has no field 'parent'"),
     ('unified', dict(vocab_size=9, remat='ful'), "remat='ful' is none of"),
     ('unified', dict(vocab_size=9, dtype='f31'), "dtype='f31' is no floating type"),
+    ('unified', dict(vocab_size=9, extra_words=9), 'extra_words=9 is not in 0..8'),
+    ('unified', dict(vocab_size=9, rotary_dim=33), 'rotary_dim=33 is not in 1..head'),
     ('unified', dict(vocab_size=0), 'vocab_size must be at least 1, got 0'),
     ('unified', dict(vocab_size=9, media=[['imag', 3]]), "kind 'imag'; kinds are"),
   ],

@@ -280,3 +280,31 @@ def test_packing_and_padding_differ_by_rounding_alone():
     assert largest_error(run([[a, b, c], [], []], T=n, P=30), packed) < 1e-13
     # What this would notice: parameters that differ by one part in 10 billion.
     assert largest_error(run([[a], [b], [c]], scale=1 + 1e-10), apart) > 1e-11
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_extra_words_are_as_if_in_one_table(tied):
+  """37 words and 3 more: the same embeddings and logits as of one table of 40."""
+  fields = FIELDS | dict(tie_embeddings=tied, num_layers=1)
+  whole, split = (models.build('unified', **fields, extra_words=n) for n in (0, 3))
+  batch = pack([documents()])
+  made = jax.jit(whole.init)(jax.random.key(0), batch)['params']
+  text = made['embed']['text']
+  parts = {**made, 'embed': {**made['embed'], 'text': text[:37], 'extra': text[37:]}}
+  if not tied:
+    parts |= {'head': made['head'][:, :37], 'extra_head': made['head'][:, 37:]}
+  shapes = jax.eval_shape(split.init, jax.random.key(0), batch)['params']
+  assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, parts)
+
+  def ends(model):  # the first and the last thing it does
+    def both(m, batch, hidden):
+      return m.embed(batch), m.logits(hidden)
+
+    return functools.partial(model.apply, method=both)
+
+  hidden = np.random.default_rng(0).normal(size=(2, 16)).astype('f')
+  for got, want in zip(
+    ends(split)({'params': parts}, batch, hidden),
+    ends(whole)({'params': made}, batch, hidden),
+  ):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)

@@ -244,6 +244,7 @@ def test_bridges_to_nnx(pool):
   [
     (dict(positions='rotery'), "unknown positions 'rotery'; did you mean 'rotary'"),
     (dict(pool='cls'), "unknown pool 'cls'"),
+    (dict(give_class=True), 'give_class needs class_token'),
     (dict(num_heads=3), 'embed_dim=16 does not divide over num_heads=3'),
     (dict(pool='class', reach=4), 'a class token needs reach=None'),
     (dict(class_token=True, reach=4), 'a class token needs reach=None'),

@@ -110,3 +110,13 @@ def test_llama3_scales_what_turns_seldom():
 def test_scalings_that_are_none(scaling, message):
   with pytest.raises(ValueError, match=message):
     scaled(np.ones(2), scaling)
+
+
+def test_what_is_left_of_a_head_stays_as_it_is():
+  """With angles for the first R entries, those turn as a head of R entries would."""
+  x = np.random.default_rng(0).normal(size=(1, 5, 3, 16)).astype(np.float32)
+  positions = jnp.broadcast_to(jnp.arange(5, dtype=jnp.int32)[None, :, None], (1, 5, 3))
+  got = rotate(x, rotary_angles(positions, 6, 100.0))
+  want = numpy_rope(x[0, ..., :6], np.arange(5), 100.0)
+  np.testing.assert_allclose(got[0, ..., :6], want, atol=1e-5)
+  np.testing.assert_array_equal(got[..., 6:], x[..., 6:])

@@ -92,7 +92,10 @@ def _fields(config, names):
   only(config, 'alpha_type', 'float', 'vector')
   config = {**_LLAMA, **config}
   D, k = config['hidden_size'], config.get('cross_layer_interval', 1)
-  only({'remainder': config['num_hidden_layers'] % k}, 'remainder', 0)
+  if config['num_hidden_layers'] % k:
+    raise ValueError(
+      f'config.json: cross_layer_interval={k} is no divisor of num_hidden_layers'
+    )
   vision = {**_VISION, **(config.get('vision_config') or {})}
   vision.setdefault('hidden_size', vision['embed_dim'])
   perceiver = {**_PERCEIVER, **(config.get('perceiver_config') or {})}

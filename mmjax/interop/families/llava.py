@@ -87,7 +87,7 @@ def _llava_fields(config, names):
   only(config, 'multimodal_projector_bias', True)
   fields = clip.vision_fields(vision, config)
   layer, L = config.get('vision_feature_layer', -2), fields['num_layers']
-  if not isinstance(layer, int) or not -L <= layer <= L:
+  if not isinstance(layer, int) or not (-L <= layer <= L and layer):
     raise ValueError(f'config.json: vision_feature_layer={layer!r} is no layer of {L}')
   used = layer if layer >= 0 else L + 1 + layer
   fields |= dict(
