@@ -129,7 +129,7 @@ def test_equals_an_encoder_in_numpy(fields):
   model, made = Vit(**FIELDS, **fields), bank()
   w = jax.tree.map(np.asarray, variables(model)['params'])
   w = jax.tree.map(lambda x: x + 0.1, w)  # no bias is 0
-  got = model.apply({'params': w}, made)
+  got = jax.jit(model.apply)({'params': w}, made)
 
   def norm(x, p):
     x = x - x.mean(-1, keepdims=True)
