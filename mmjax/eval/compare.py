@@ -36,7 +36,7 @@ def measure(workdir: str | os.PathLike) -> dict[str, Any]:
   Returns:
     name, model, steps, parameters, trained (of the parameters), flops (of loss and
     gradient, per document), documents_per_second, tokens_per_second (slots of the
-    stream that are no padding; means over the log's lines), evaluation (the last
+    stream that are no padding; medians over the log's lines), evaluation (the last
     metrics, without 'eval/') and records (of metrics.jsonl). What isn't known is nan.
 
   Raises:
@@ -58,9 +58,9 @@ def measure(workdir: str | os.PathLike) -> dict[str, Any]:
 
   key = jax.eval_shape(lambda: jax.random.key(0))
   step = flops(jax.grad(loss), trained, frozen, parts.batch_shapes(config.data.rows), key)
-  documents = _mean(records, 'data/documents')
-  rate = _mean(records, 'train/tokens_per_second')
-  steps_per_second = rate / _mean(records, 'train/tokens_per_step')
+  documents = _median(records, 'data/documents')
+  rate = _median(records, 'train/tokens_per_second')
+  steps_per_second = rate / _median(records, 'train/tokens_per_step')
   evaluation = {}
   for record in records:
     found = {k[5:]: v for k, v in record.items() if k.startswith('eval/')}
@@ -73,7 +73,7 @@ def measure(workdir: str | os.PathLike) -> dict[str, Any]:
     'trained': _size(trained),
     'flops': step / documents,
     'documents_per_second': documents * steps_per_second,
-    'tokens_per_second': _mean(records, 'data/tokens') * steps_per_second,
+    'tokens_per_second': _median(records, 'data/tokens') * steps_per_second,
     'evaluation': evaluation,
     'records': records,
   }
@@ -83,9 +83,9 @@ def _size(tree: Any) -> int:
   return sum(x.size for x in jax.tree.leaves(tree))
 
 
-def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float:
+def _median(records: Sequence[Mapping[str, Any]], key: str) -> float:
   values = curves.series(records, key)[1]
-  return float(np.mean(values)) if len(values) else float('nan')
+  return float(np.median(values)) if len(values) else float('nan')
 
 
 def common_metric(runs: Sequence[Mapping[str, Any]]) -> str:
