@@ -121,6 +121,9 @@ def draw(runs: Sequence[Mapping[str, Any]], metric: str) -> bytes:
         color = _COLORS[i % len(_COLORS)]
         mark = 'o' if len(steps) < 20 else None
         axes.plot(steps, values, color=color, label=run['name'], marker=mark, ms=4)
+    drawn = [y for line in axes.lines for y in line.get_ydata()]
+    if key == 'train/loss' and drawn and 0 < 20 * min(drawn) < max(drawn):
+      axes.set_yscale('log')
     if axes.get_legend_handles_labels()[0]:
       axes.legend(frameon=False, labelcolor=_SOFT)
   out = io.BytesIO()

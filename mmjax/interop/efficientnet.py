@@ -16,6 +16,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 
+from mmjax import sharding
 from mmjax.batch import Bank
 from mmjax.interop import torch_legacy
 from mmjax.interop.leaf import Leaf
@@ -117,4 +118,5 @@ def _shapes(module):
     np.zeros((1, P, 3), np.int32),
     *np.zeros((2, 1, 1), np.int32),
   )
-  return jax.eval_shape(module.init, jax.random.key(0), empty)['params']
+  with sharding.outside():
+    return jax.eval_shape(module.init, jax.random.key(0), empty)['params']
