@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from mmjax import sharding
 from mmjax.batch import Bank
 from mmjax.data.media import patchify
 from mmjax.interop import efficientnet as interop
@@ -67,6 +68,14 @@ def test_there_and_back_is_equal_bit_by_bit():
   assert 'head' not in headless and 'last' in headless
   half = interop.from_tensors(theirs, TINY.clone(param_dtype='bfloat16'), 'x')
   assert {x.dtype.name for x in jax.tree.leaves(half)} == {'bfloat16'}
+
+
+def test_is_read_inside_of_a_mesh_too():
+  """As `config.init` does it, where a batch has to divide over the devices."""
+  mesh, rules = sharding.make_mesh({'data': 8}), sharding.rules_for('dp')
+  with sharding.use(mesh, rules):
+    again = interop.from_tensors(interop.to_tensors(tiny(), TINY), TINY, 'x')
+  jax.tree.map(np.testing.assert_array_equal, again, tiny())
 
 
 @pytest.mark.parametrize(
