@@ -34,8 +34,8 @@ from mmjax.names import closest
 
 # Fields that change no parameter, and that a config.json says nothing of.
 FREE = {
-  'dtype', 'param_dtype', 'dropout', 'remat', 'scan', 'chunk', 'reach', 'rope_sections',
-  'temperature_init', 'bias_init', 'max_scale',
+  'dtype', 'param_dtype', 'dropout', 'remat', 'scan', 'unroll', 'chunk', 'reach',
+  'rope_sections', 'temperature_init', 'bias_init', 'max_scale',
 }  # fmt: skip
 
 

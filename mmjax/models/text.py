@@ -65,6 +65,7 @@ class Encoder(nn.Module):
   dropout: float = 0.0
   remat: str = 'none'
   scan: bool = True
+  unroll: bool = False
   chunk: int = 512
   reach: int | tuple[int, int] | None = None
   rotary: bool = False

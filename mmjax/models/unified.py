@@ -48,7 +48,8 @@ class Unified(nn.Module):
       'embed/extra' and 'extra_head': new words beside a frozen vocabulary.
     dropout: rate, on embeddings and on each branch; needs the rng 'dropout' in training.
     remat: what a layer keeps for the backward pass, see `nn.transformer.REMAT`.
-    scan: one stacked layer, scanned, or layers one by one.
+    scan: one stacked layer, scanned, or layers one by one; unroll: scanned, but compiled
+      as one by one: longer to compile, faster on a CPU.
     chunk, reach: of attention, see `ops.attention.attend`.
     max_positions: > 0 adds a learned vector per position; NaN from there on.
     rotary: rotary positions, in the first rotary_dim entries of a head (None = all);
@@ -78,6 +79,7 @@ class Unified(nn.Module):
   dropout: float = 0.0
   remat: str = 'none'
   scan: bool = True
+  unroll: bool = False
   chunk: int = 512
   reach: int | tuple[int, int] | None = None
   rotary: bool = True

@@ -79,6 +79,7 @@ class Config:
   dropout: float = 0.0
   remat: str = 'none'
   scan: bool = True
+  unroll: bool = False
   chunk: int = 512
   reach: int | tuple[int, int] | None = None
   rotary: bool = True
@@ -377,6 +378,7 @@ class Transformer(nn.Module):
         split_rngs={'params': True, 'dropout': True},
         in_axes=(0, *[nn.broadcast] * len(rest)),
         length=c.num_layers,
+        unroll=c.num_layers if c.unroll else 1,
         metadata_params={nn.PARTITION_NAME: 'layers'},
       )
       x, layers = block(c, not train, name='layers')(x, layers, *rest)
@@ -397,6 +399,7 @@ class Transformer(nn.Module):
     """A scan over groups of a scan over layers, on the same parameters [L, ...]."""
     L, k = self.config.num_layers, before.every
     whole = L // k * k
+    scan = functools.partial(jax.lax.scan, unroll=self.config.unroll)
 
     def split(x):
       return x[:whole].reshape(L // k, k, *x.shape[1:])
@@ -408,14 +411,14 @@ class Transformer(nn.Module):
 
     def group(x, xs):
       part, inner = xs
-      return jax.lax.scan(layer, before.run(part, x), inner)
+      return scan(layer, before.run(part, x), inner)
 
     dropout = train and self.config.dropout > 0
     keys = jax.random.split(self.make_rng('dropout'), L) if dropout else None
     params = self.variables['params']['layers']
     inner = (params, layers, keys)
     first = jax.tree.map(lambda x: x[: L // k], before.parts)
-    x, done = jax.lax.scan(group, x, (first, jax.tree.map(split, inner)))
+    x, done = scan(group, x, (first, jax.tree.map(split, inner)))
     done = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), done)
     if whole < L:  # a last group of fewer layers
       last = jax.tree.map(lambda x: x[-1], before.parts)
