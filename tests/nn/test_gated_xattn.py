@@ -151,3 +151,15 @@ def test_refuses():
   x, latents, *rest = inputs(True)
   with pytest.raises(ValueError, match='linear: x ends in .11,., the kernel takes .12,'):
     MODULE.apply({'params': params()}, x, latents[..., 1:], *rest)
+
+
+def test_a_gate_per_channel_scales_each_of_them():
+  """Equal entries are the one gate; entries of 0 leave their channel as it is."""
+  x, *rest = inputs(True)
+  many = jax.jit(MODULE.clone(gate_vector=True).apply)
+  gates = dict.fromkeys(('attention_gate', 'mlp_gate'), jnp.full((16,), 0.5))
+  got = many({'params': {**params(0.5), **gates}}, x, *rest)
+  np.testing.assert_allclose(got, run(params(0.5), x, *rest), atol=1e-6)
+  shut = {k: g.at[3].set(0.0) for k, g in gates.items()}
+  got = many({'params': {**params(0.5), **shut}}, x, *rest)
+  np.testing.assert_array_equal(got[..., 3], x[..., 3])

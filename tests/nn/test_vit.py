@@ -239,6 +239,20 @@ def test_bridges_to_nnx(pool):
   np.testing.assert_allclose(bridged(bank()).values, want.values, atol=2e-6)
 
 
+def test_class_tokens_are_given_behind_the_patches():
+  """What pool='class' pools, as tokens of their items; the patches stay as they were."""
+  b = bank()
+  plain, given = (Vit(**FIELDS, pool='class', give_class=g) for g in (False, True))
+  weights = jax.jit(plain.init)(jax.random.key(0), b)
+  want, got = jax.jit(plain.apply)(weights, b), jax.jit(given.apply)(weights, b)
+  P, I = b.items.shape[1], b.item_segments.shape[1]
+  np.testing.assert_array_equal(got.values[:, :P], want.values)
+  np.testing.assert_array_equal(got.values[:, P:], want.pooled)
+  there = np.where(b.item_segments > 0, 1 + np.arange(I)[None], 0)
+  np.testing.assert_array_equal(got.items, np.concatenate([b.items, there], 1))
+  assert got.positions.shape == (*got.items.shape, 3)
+
+
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
