@@ -20,9 +20,8 @@ import jax.numpy as jnp
 
 from mmjax.batch import Bank, Item, PackedBatch
 from mmjax.names import closest
-from mmjax.nn.transformer import add_bias, kernel_init
+from mmjax.nn.transformer import Dense
 from mmjax.ops.contrastive import clipped_exp
-from mmjax.ops.linear import linear
 from mmjax.shape import check
 from mmjax.sharding import constrain, param
 
@@ -90,16 +89,11 @@ class Dual(nn.Module):
       )
 
   def setup(self):
-    made = dict(
-      embed_dim=self.embed_dim,
-      bias=self.projection_bias,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-    )
+    made = self.embed_dim, self.projection_bias, self.param_dtype
     if self.image_projection:
-      self.image_out = Projection(**made)
+      self.image_out = Dense(*made)
     if self.text_projection:
-      self.text_out = Projection(**made)
+      self.text_out = Dense(*made)
     log_scale = nn.initializers.constant(-math.log(self.temperature_init))
     self.log_scale = param(self, 'log_scale', log_scale, (), (), self.param_dtype)
     if self.logit_bias:
@@ -190,21 +184,6 @@ class Dual(nn.Module):
     x = x.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, -1, keepdims=True), 1e-12))
     return constrain(jnp.where(found[..., None], x, 0), 'batch', None, None)
-
-
-class Projection(nn.Module):
-  """x W, maybe + b: f[B, I, D] -> f[B, I, E]."""
-
-  embed_dim: int
-  bias: bool = False
-  dtype: Any = 'float32'
-  param_dtype: Any = 'float32'
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    shape, axes = (x.shape[-1], self.embed_dim), ('embed', None)
-    y = linear(x, param(self, 'kernel', kernel_init(), shape, axes, self.param_dtype))
-    return add_bias(self, 'bias', y, (None,), self.param_dtype) if self.bias else y
 
 
 def _mean(values: jax.Array, mine: jax.Array) -> jax.Array:

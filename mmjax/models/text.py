@@ -24,12 +24,10 @@ from mmjax.nn.transformer import (
   ACTIVATIONS,
   NORMS,
   Config,
+  Dense,
   Transformer,
-  add_bias,
-  kernel_init,
   unstack,
 )
-from mmjax.ops.linear import linear
 from mmjax.sharding import constrain, param
 
 
@@ -105,9 +103,9 @@ class Encoder(nn.Module):
     self.transformer = Transformer(config)
     self.drop = nn.Dropout(self.dropout)
     if self.pooler:
-      self.pool_dense = Dense(D, dtype)
+      self.pool_dense = Dense(D, param_dtype=dtype)
     if self.mlm_head:
-      self.head_dense = Dense(D, dtype)
+      self.head_dense = Dense(D, param_dtype=dtype)
       self.head_norm = NORMS[self.norm](self.norm_eps, dtype)
       zeros = nn.initializers.zeros
       self.head_bias = param(
@@ -174,17 +172,3 @@ class Encoder(nn.Module):
       return self, params
     params = {**params, 'transformer': unstack(params['transformer'], self.num_layers)}
     return self.clone(scan=False), params
-
-
-class Dense(nn.Module):
-  """x W + b from a width to itself, f[..., D] -> f[..., D]."""
-
-  embed_dim: int
-  param_dtype: Any = 'float32'
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    D = self.embed_dim
-    axes = ('embed', None)
-    kernel = param(self, 'kernel', kernel_init(), (D, D), axes, self.param_dtype)
-    return add_bias(self, 'bias', linear(x, kernel), ('embed',), self.param_dtype)

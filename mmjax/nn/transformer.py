@@ -198,6 +198,20 @@ def add_bias(
   return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - len(axes)) + shape)
 
 
+class Dense(nn.Module):
+  """x W, maybe + b: f[..., C] -> f[..., width]."""
+
+  width: int
+  bias: bool = True
+  param_dtype: Any = 'float32'
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    shape, axes = (x.shape[-1], self.width), ('embed', None)
+    y = linear(x, param(self, 'kernel', kernel_init(), shape, axes, self.param_dtype))
+    return add_bias(self, 'bias', y, (None,), self.param_dtype) if self.bias else y
+
+
 class Attention(nn.Module):
   """Grouped-query attention by tags, optionally with a cache.
 

@@ -30,9 +30,8 @@ from mmjax.names import closest
 from mmjax.nn import cross_attention
 from mmjax.nn.embed import MediaProjection
 from mmjax.nn.features import Features
-from mmjax.nn.transformer import Config, Mlp, Transformer, add_bias, kernel_init, unstack
+from mmjax.nn.transformer import Config, Dense, Mlp, Transformer, unstack
 from mmjax.ops.grid import item_sizes, read_table, waves
-from mmjax.ops.linear import linear
 from mmjax.shape import check
 from mmjax.sharding import constrain, param
 
@@ -168,9 +167,9 @@ class Vit(nn.Module):
     if self.pool == 'map':
       self.map_head = MapHead(c)
     if self.pooler:
-      self.pool_dense = Dense(D, dtype)
+      self.pool_dense = Dense(D, param_dtype=dtype)
     if self.num_classes:
-      self.head = Dense(self.num_classes, dtype)
+      self.head = Dense(self.num_classes, param_dtype=dtype)
 
   def __call__(self, bank: Bank, *, train: bool = False) -> Features:
     """Encodes a bank.
@@ -265,19 +264,6 @@ class Vit(nn.Module):
     elif self.positions == 'sincos':
       x = x + waves(positions, self.embed_dim).astype(x.dtype)
     return x
-
-
-class Dense(nn.Module):
-  """x W + b, f[..., D] -> f[..., width]."""
-
-  width: int
-  param_dtype: Any = 'float32'
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    shape, axes = (x.shape[-1], self.width), ('embed', None)
-    y = linear(x, param(self, 'kernel', kernel_init(), shape, axes, self.param_dtype))
-    return add_bias(self, 'bias', y, (None,), self.param_dtype)
 
 
 class MapHead(nn.Module):
