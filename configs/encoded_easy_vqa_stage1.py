@@ -9,9 +9,10 @@ configs/encoded_easy_vqa_stage2.py.
 
 Expect: only `:tiny` was run so far, which learns nothing.
 
-COMMAND: python train.py --config=configs/quickstart.py --workdir=runs/quickstart
-  python train.py --config=configs/encoded_easy_vqa_stage1.py \
+COMMAND: python train.py --config=configs/encoded_easy_vqa_stage1.py \
     --workdir=runs/encoded_stage1
+It reads runs/quickstart, which comes first:
+  python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 In under a minute, without the quickstart (all of it works, nothing is learnt):
   python train.py --config=configs/encoded_easy_vqa_stage1.py:tiny \
     --workdir=runs/encoded_stage1_tiny
