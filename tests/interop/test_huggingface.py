@@ -67,6 +67,13 @@ MODELS = {
   ),
   'gpt2': ('unified', GPT2),
   'bert': ('encoder', dict(WIDTHS, pooler=True, mlm_head=True)),
+  'resnet': (
+    'resnet',
+    dict(
+      channels=12, image_grid=(16, 16), num_classes=3, stem=8, widths=(16, 32),
+      depths=(2, 1), mean=(1.0, 2.5, 3.123456),
+    ),
+  ),
   'fuyu': (
     'unified',
     dict(
