@@ -96,10 +96,11 @@ def build_evaluators(
       mesh=mesh,
       rules=rules,
       media_rules=media_rules,
-      budget=budget_of(config, media_rules),
       image_attention=config.data.image_attention,
       prompt_attention=config.data.prompt_attention,
       image_positions=config.data.image_positions,
     )
+    if 'budget' in known:
+      ours['budget'] = budget_of(config, media_rules)
     built[name] = cls(**{k: v for k, v in ours.items() if k in known}, **fields)
   return built

@@ -52,7 +52,7 @@ def test_pairs_of_both_vendors_by_split(packages):
                                          'train/261D-1F3FB']  # fmt: skip
   first = found[0][1]
   assert [first.spans[1].text, first.spans[1].trained] == ['grin', True]
-  assert first.meta == {'label': 'face smile', 'category': 'Faces', 'emoji': '😀',
+  assert first.meta == {'label': 'smiling', 'category': 'Faces', 'emoji': '😀',
                         'name/en': 'grin', 'name/fr': 'rire'}  # fmt: skip
   assert 'name/fr' not in found[2][1].meta  # that skin has no French name
   assert media.pixels(first.spans[0]).shape == (4, 4, 3)

@@ -106,7 +106,7 @@ def test_languages():
   assert m['retrieval/yy/image_to_text/r1'] == pytest.approx(1 / 10)  # 10 of 'b': ties
   only = make(Retrieval, languages=('xx',)).run(ONES)
   assert 'retrieval/yy/image_to_text/r1' not in only.metrics
-  assert ['xx: image to text', '21'] in [list(r[:2]) for r in only.table]
+  assert ['xx: image to text', '21'] in [list(r[:2]) for r in only.cells]
   with pytest.raises(ValueError, match="eval.retrieval.languages: 'zz'.*xx, yy"):
     make(Retrieval, languages=('zz',)).run(ONES)
 
@@ -171,6 +171,7 @@ def test_refuses_data_without_pairs():
     make(Retrieval)._embedder.texts(ONES, [])
 
 
+@pytest.mark.slow
 def test_in_the_training_loop(tmp_path):
   """A tiny dual encoder with both evaluators."""
   rng = np.random.default_rng(0)

@@ -212,6 +212,7 @@ def _config(**vqa):
       data=dict(
         path='nowhere', image=dict(patch=4, resize='fixed', size=16),
         budget=dict(image=dict(patches=16, items=1)), image_attention='causal',
+        prompt_attention='causal', image_positions='grid',
       ),
       eval=dict(vqa=vqa),
     )

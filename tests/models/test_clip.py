@@ -101,6 +101,7 @@ def loss_and_grads(kind, params, batch):
   return jax.value_and_grad(loss)(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['clip', pytest.param('siglip', marks=pytest.mark.slow)])
 def test_eight_devices_equal_one(kind):
   made, weights = batch([0, 1], [2], [3, 0], [1]), params(kind)
@@ -122,6 +123,7 @@ def test_eight_devices_equal_one(kind):
   assert query.sharding.shard_shape(query.shape) == (2, 4, 1, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['clip', pytest.param('siglip', marks=pytest.mark.slow)])
 def test_bridges_to_nnx(kind):
   made, model = batch([0, 1], [2]), KINDS[kind]

@@ -187,6 +187,7 @@ def wide_fields():
   return f64 | towers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'loss, mesh, accumulate',
   [
@@ -227,6 +228,7 @@ def named(loss, found):
   return named
 
 
+@pytest.mark.slow
 def test_bridges_to_nnx():
   packed = batch([document(0), document(1)])
   bridged = nnx.bridge.lazy_init(nnx.bridge.ToNNX(MODEL, rngs=nnx.Rngs(0)), packed)

@@ -99,6 +99,7 @@ def packed(projector, rows, **budget):
   return pack(rows, markers=R, **budget)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'projector', ['mlp', pytest.param('resampler', marks=pytest.mark.slow)]
 )
@@ -111,6 +112,7 @@ def test_packed_equals_unpacked(projector):
   assert_close(together, apart, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('projector', ['linear', 'resampler'])
 def test_a_token_changes_when_and_only_when_an_image_it_may_see_does(projector):
   """Slots of an image see each other; a later token sees the images before it."""
@@ -129,6 +131,7 @@ def test_a_token_changes_when_and_only_when_an_image_it_may_see_does(projector):
     np.testing.assert_array_equal(changed, want)
 
 
+@pytest.mark.slow
 def test_text_scaled_by_sqrt_d_leaves_media_as_they_are():
   """PaliGemma's rule: what the projector gives enters the stream unchanged."""
   batch = pack([documents()])

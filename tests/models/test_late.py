@@ -113,6 +113,7 @@ def test_eight_devices_equal_one():
   assert up.sharding.shard_shape(up.shape) == (4, 4)
 
 
+@pytest.mark.slow
 def test_bridges_to_nnx():
   batch = pack([documents()])
   bridged = nnx.bridge.lazy_init(nnx.bridge.ToNNX(MODEL, rngs=nnx.Rngs(0)), batch)

@@ -136,6 +136,7 @@ def test_every_parameter_has_names():
   assert tuple(names['layers']['mlp']['up']) == ('layers', 'embed', 'mlp')
 
 
+@pytest.mark.slow
 def test_bridges_to_nnx():
   media, items, times = example()
   bridged = nnx.bridge.ToNNX(MODULE, rngs=nnx.Rngs(0))

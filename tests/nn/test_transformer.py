@@ -79,6 +79,7 @@ def test_remat_changes_no_number(scanned, remat):
   assert_close(value_and_grads(config, params, args), want, 2e-6)
 
 
+@pytest.mark.slow
 def test_full_remat_keeps_less():
   config = dataclasses.replace(CONFIG, mlp_dim=512, num_layers=8)
   args = example(T=64)
@@ -126,6 +127,7 @@ def test_dropout_is_only_in_training(scanned):
   assert np.abs(run(a, True) - run(b, True)).max() > 0.1
 
 
+@pytest.mark.slow
 def test_layers_differ_and_the_stream_keeps_its_scale():
   config = dataclasses.replace(CONFIG, num_layers=24, qk_norm=False)
   x, positions, *tags = args = example(T=32)
@@ -198,7 +200,7 @@ def test_bridges_to_nnx(name):
   ('change', 'message'),
   [
     (dict(remat='ful'), "remat='ful' is none of all_dots, dots, full, none"),
-    (dict(activation='relu'), "activation='relu' is none of gelu"),
+    (dict(activation='relo'), "activation='relo' is none of gelu"),
     (dict(norm='batch'), "norm='batch' is none of layer, rms, rms_offset"),
     (dict(bias=True), 'bias=True is none of all, none, qkv'),
     (dict(num_kv_heads=3), 'num_heads=4 does not divide over num_kv_heads=3'),

@@ -234,8 +234,7 @@ def test_a_run_goes_on_in_one_process_or_in_two(config, two, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize('who', [0, 1])
+@pytest.mark.parametrize(('number', 'who'), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
 def test_a_signal_to_one_stops_both_at_one_step(config, two, tmp_path, number, who):
   workdir = tmp_path / 'run'
   running = start_two(config, workdir)

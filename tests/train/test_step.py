@@ -59,6 +59,7 @@ def uneven(batch):
   )
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(tiny, pictures, stepper):
   run, parts = stepper(tiny(optim=SGD))
   batch = uneven(pictures(parts.budget, 8))
