@@ -7,7 +7,8 @@ moved, scaled, turned and recoloured a little every time.
 Model: a ViT over 8 x 8 patches and a text encoder that sees both ways, InfoNCE over the
 256 pairs of a step.
 
-Expect: (not run to the end yet); chance is 0.0003 at R@1, 0.0026 at R@10.
+Expect: not run to the end yet. After 60 steps (4 epochs) R@1 and R@10 are 1.2 % and
+9.1 % from picture to name, 0.8 % and 8.4 % back; chance is 0.03 % and 0.26 %.
 
 The packages, once (nothing is downloaded by mmjax):
   npm install --prefix data/npm emoji-datasource-twitter@16.0.0 \\

@@ -7,7 +7,7 @@ encoder that has seen much; this one is drawn, so encoder and projector train to
 (`mmjax.models.encoded.STAGE1` freezes both others). Stage 2 goes on from here:
 configs/encoded_easy_vqa_stage2.py.
 
-Expect: only `:tiny` was run so far, which learns nothing.
+Expect: not run to the end yet.
 
 COMMAND: python train.py --config=configs/encoded_easy_vqa_stage1.py \
     --workdir=runs/encoded_stage1

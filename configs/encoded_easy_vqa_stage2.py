@@ -3,7 +3,7 @@
 Goes on from the parameters of configs/encoded_easy_vqa_stage1.py; the encoder stays as
 it is, projector and language model are trained at a lower rate (LLaVA, 2304.08485).
 
-Expect: only `:tiny` was run so far, which learns nothing.
+Expect: not run to the end yet.
 
 COMMAND: python train.py --config=configs/encoded_easy_vqa_stage2.py \
     --workdir=runs/encoded_stage2

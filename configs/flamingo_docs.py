@@ -11,7 +11,9 @@ Model: both are frozen (134.5 M and 3.4 M parameters, read from their packages);
 latents for each figure and a gated cross-attention before every sixth layer are trained.
 With gates at 0 it is SmolLM2, bit by bit.
 
-Expect: not measured yet.
+Expect: not run to the end yet. An earlier form (96 words and two figures a piece, AdamW,
+8.2 s a step on two cores) had learnt the manuals' words after 100 steps, but not to look:
+right over shuffled figures gained 0.0001 nats a token, 95 % from -0.0001 to 0.0003.
 
 COMMAND: python train.py --config=configs/flamingo_docs.py --workdir=runs/flamingo_docs
 In a minute or two (it works without the two packages, nothing is learnt):
