@@ -7,8 +7,13 @@ os.environ['TPU_SKIP_MDS_QUERY'] = '1'
 # Programs run for milliseconds here; to optimise them takes seconds.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 
+import hypothesis
 import jax
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+# How long an example takes says nothing of what it asks.
+hypothesis.settings.register_profile('no deadline', deadline=None)
+hypothesis.settings.load_profile('no deadline')
