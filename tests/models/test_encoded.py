@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from documents import length, pack, random_document
 from flax import nnx
+from fusions import assert_close, logits, loss_and_grads, loss_fn
 
 from mmjax import models, sharding
 from mmjax.batch import BankBudget, Budget, Item, PackedBatch
 from mmjax.generate import make_generate
 from mmjax.models.encoded import STAGE1, STAGE2
-from mmjax.ops.losses import next_token_loss
 from mmjax.train import optim, state, step
 
 FIELDS = dict(
@@ -48,43 +48,6 @@ def params(projector='mlp'):
   return jax.tree.map(
     lambda x: x + np.float32(0.1) * rng.normal(size=x.shape).astype('f'), made
   )
-
-
-@functools.partial(jax.jit, static_argnames='model')
-def logits(params, batch, model=MODEL):
-  hidden = model.apply({'params': params}, batch)
-  return model.apply({'params': params}, hidden, method='logits')
-
-
-def loss_fn(model, params, batch):
-  hidden = model.apply({'params': params}, batch)
-
-  def unembed(h):
-    return model.apply({'params': params}, h, method='logits')
-
-  return next_token_loss(hidden, unembed, batch.stream, 24)[:2]
-
-
-@functools.partial(jax.jit, static_argnames='model')
-def loss_and_grads(params, batch, model=MODEL):
-  value, pull = jax.vjp(lambda p: loss_fn(model, p, batch), params)
-  return value, pull((jnp.ones(()), jnp.zeros(())))[0]
-
-
-def assert_close(got, want, rtol):
-  """|got - want| <= rtol |want| in the Euclidean norm of each leaf.
-
-  A key's bias moves all logits of a query alike: its gradient is 0 but for rounding.
-  """
-  pairs = zip(
-    jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
-  )
-  for (path, g), w in pairs:
-    norm = np.linalg.norm(np.ravel(w))
-    if 'key_bias' in jax.tree_util.keystr(path):
-      norm = 1.0
-    error = np.linalg.norm(np.ravel(g - w)) / norm
-    assert error <= rtol, f'{error:.2e} for {jax.tree_util.keystr(path)}'
 
 
 def documents(seed=0):
@@ -168,7 +131,7 @@ def test_cached_logits_equal_the_full_forward(scan):
   image = lambda: ('image', rng.integers(0, 99, (2, 2, 6)))  # noqa: E731
   document = [text(2), image(), text(3), image(), text(1)]
   batch, model, weights = pack([[document]]), MODEL, params()
-  want = logits(weights, batch)[0]
+  want = logits(weights, batch, model)[0]
   if not scan:
     model, weights = model.unscanned(weights)
   width, t = 4, 0
@@ -189,7 +152,7 @@ def test_greedy_equals_argmax_of_repeated_forwards():
   rows = [[random_document(rng, spans)] for spans in ('tit', 't')]
   got = make_generate(MODEL, 3, -7)(params(), pack(rows, T=48))
   for i in range(3):
-    out = logits(params(), pack(rows))
+    out = logits(params(), pack(rows), MODEL)
     for b, [d] in enumerate(rows):
       token = np.argmax(out[b, length(d) - 1])
       assert got[b, i] == token
@@ -199,7 +162,7 @@ def test_greedy_equals_argmax_of_repeated_forwards():
 @pytest.mark.slow
 def test_eight_devices_equal_one():
   batch = pack([documents(seed) for seed in range(8)], T=80, P=64)
-  want = loss_and_grads(params(), batch)
+  want = loss_and_grads(params(), batch, MODEL)
   mesh, rules = (
     sharding.make_mesh({'fsdp': 4, 'tensor': 2}),
     sharding.RULES['fsdp+tensor'],
@@ -232,11 +195,11 @@ def test_padding_and_missing_banks_change_no_bit():
   wild.stream.tokens[padding] = 17
   wild.bank['image'].values[wild.bank['image'].items == 0] = 255
   real = ~padding
-  x, y = logits(params(), wild), logits(params(), batch)
+  x, y = logits(params(), wild, MODEL), logits(params(), batch, MODEL)
   np.testing.assert_array_equal(x[real], y[real])
   text = pack([[documents()[2]], []])
-  got = logits(params(), PackedBatch(text.stream, {}))
-  np.testing.assert_allclose(got, logits(params(), text), atol=1e-5)
+  got = logits(params(), PackedBatch(text.stream, {}), MODEL)
+  np.testing.assert_allclose(got, logits(params(), text, MODEL), atol=1e-5)
 
 
 @pytest.mark.slow
