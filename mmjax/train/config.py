@@ -33,7 +33,8 @@ _OPEN = ('model', 'init', 'optim.options', 'data.options', 'data.image',
 # (`sharding` only by rounding).
 MAY_DIFFER = ('data.workers', 'data.path', 'data.max_bad_share', 'eval.', 'sharding.',
               'train.log_every', 'train.checkpoint_every', 'train.keep',
-              'train.max_skipped', 'train.compilation_cache')  # fmt: skip
+              'train.max_skipped', 'train.evaluate_first',
+              'train.compilation_cache')  # fmt: skip
 
 
 def defaults() -> ConfigDict:
@@ -89,6 +90,7 @@ def defaults() -> ConfigDict:
         max_skipped=10,  # non-finite updates in a row before the run stops
         log_every=20,
         checkpoint_every=500,
+        evaluate_first=False,  # also before the first step
         keep=3,
         compilation_cache=OPTIONAL(str),  # a directory; None = off
       ),

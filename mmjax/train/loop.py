@@ -279,8 +279,12 @@ class _Run:
     return bool(self.evaluators) and (last or any(n and done % n == 0 for n in every))
 
   def _missing_evaluation(self) -> bool:
-    """Makes up for an evaluation that a kill came before; False = stopped by a signal."""
-    due = self.start and self._evaluation_due(self.start)
+    """The evaluation before the first step, or one that a kill came before.
+
+    False = stopped by a signal.
+    """
+    begun, wanted = self.start > 0, self.config.train.evaluate_first
+    due = self._evaluation_due(self.start) if begun else self.evaluators and wanted
     # Process 0 knows, and all have to do the same.
     if not due or processes.gather(self.log.evaluated(self.start))[0]:
       return True
@@ -290,14 +294,14 @@ class _Run:
     """Evaluates and writes what there is to see; False = a signal came between."""
     from mmjax.eval import curves, report
 
-    last = done == self.config.train.steps
+    full = done in (0, self.config.train.steps)
     params = self.state.eval_params()
     results = {}
     try:
       with self.signals.raising():
         for name, evaluator in self.evaluators.items():
-          if last or (evaluator.every and done % evaluator.every == 0):
-            results[name] = evaluator.run(params, done, full=last)
+          if full or (evaluator.every and done % evaluator.every == 0):
+            results[name] = evaluator.run(params, done, full=full)
     except Signalled:
       return False
     if jax.process_index() == 0:

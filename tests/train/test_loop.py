@@ -226,6 +226,20 @@ def test_a_signal_breaks_an_evaluation_off_and_it_is_made_up_for(run):
   assert steps == [2, 4, 6]
 
 
+def test_the_evaluation_before_the_first_step_is_made_once_and_in_full(run):
+  run.evaluator.hook = lambda step: step == 0 and os.kill(os.getpid(), signal.SIGTERM)
+  assert run(2, train=dict(evaluate_first=True)) == 'stopped'
+  assert not [x for x in lines(run.workdir) if 'eval/vqa/accuracy' in x]
+  run.evaluator.hook = None
+  run.evaluator.runs.clear()
+  assert run(2, train=dict(evaluate_first=True)) == 'done'
+  assert run.evaluator.runs == [(0, True), (2, True)]
+  assert run(2, train=dict(evaluate_first=True)) == 'done'
+  assert run.evaluator.runs == [(0, True), (2, True)]
+  steps = [x['step'] for x in lines(run.workdir) if 'eval/vqa/accuracy' in x]
+  assert steps == [0, 2]
+
+
 def test_non_finite_updates_stop_the_run_and_name_the_documents(run):
   with pytest.raises(loop.RunStopped) as caught:
     run(
