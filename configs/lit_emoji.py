@@ -34,10 +34,11 @@ def get_config(variant: str = '') -> ConfigDict:
         source='emoji:data/npm',
         path='data/emoji_wordpiece',
         tokenizer=f'{MINILM}/vocab.txt',
-        rows=128,
+        rows=32,
         image=dict(patch=32, resize='fixed', size=128),
         augment=('warp', 'colour'),
-        budget=dict(stream=24, targets=24, image=dict(patches=16, items=1)),
+        # Four pairs in a row.
+        budget=dict(stream=40, targets=40, image=dict(patches=64, items=4)),
       ),
       model=dict(
         name='dual',
@@ -74,9 +75,10 @@ def get_config(variant: str = '') -> ConfigDict:
   if variant == 'tuned':
     config.optim.freeze = ('*/norm/mean', '*/norm/var')  # statistics stay
     config.optim.multipliers = (('vision/*', 0.1), ('text/*', 0.1))
+    config.train.steps = 100
     config.train.accumulate = 4
   if variant == 'tiny':
-    config.data.update(path='data/emoji', tokenizer='bpe:1024', rows=32)
+    config.data.update(path='data/emoji', tokenizer='bpe:1024', rows=8)
     config.init = ConfigDict()
     config.optim.freeze = ()
     config.model.text.update(

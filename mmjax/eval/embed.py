@@ -47,8 +47,9 @@ class Embedder:
     first = next((s for s in document.spans if isinstance(s, Image)), None)
     if first is None:
       raise BadDocument('no_image', f'document {document.id!a}')
-    # The text is there because examples without a target are refused.
-    return self._example((dataclasses.replace(first, branch=0), Text(' ', True)))
+    # The text is there because examples without a target are refused; a word, as blanks
+    # are nothing to some tokenizers.
+    return self._example((dataclasses.replace(first, branch=0), Text('a', True)))
 
   def text_example(self, *texts: str) -> Example:
     """Texts of one document, trained as they are in pairs: closed by the end token.

@@ -161,6 +161,20 @@ def test_refuses(cls, fields, message):
     make(cls, **fields)
 
 
+class Words(ByteTokenizer):
+  """Blanks are nothing, as to WordPiece."""
+
+  def encode(self, text, special=False):
+    return super().encode(text.strip(), special)
+
+
+def test_blanks_may_be_nothing_to_a_tokenizer():
+  dataset = Documents(documents())
+  dataset.tokenizer = Words()
+  found = make(Retrieval, dataset).run(ONES).metrics
+  assert found['retrieval/count'] == 21 and found['retrieval/image_to_text/r1'] == 1
+
+
 def test_refuses_data_without_pairs():
   texts = Documents([Document((Text('red', True),))])
   with pytest.raises(ValueError, match='no pair in 1 documents .*no_image'):
