@@ -70,9 +70,12 @@ class Audio:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Video:
-  """Frames u8[n, H, W, 3] at `fps` frames per second, or an encoded file's bytes."""
+  """Frames u8[n, H, W, 3] at `fps` frames per second, or an encoded file's bytes.
 
-  frames: np.ndarray | bytes
+  Frames may also be image files, a tuple of their bytes.
+  """
+
+  frames: np.ndarray | bytes | tuple[bytes, ...]
   fps: float
   branch: int = 0
 
@@ -181,7 +184,9 @@ def _pack(span: Span) -> list[Any]:
     return ['image', branch, content if isinstance(content, bytes) else _png(content)]
   if kind == 'audio':
     return ['audio', branch, _pack_array(span.wave, 1), float(span.rate)]
-  return ['video', branch, _pack_array(span.frames, 4), float(span.fps)]
+  images = isinstance(span.frames, tuple)
+  frames = list(span.frames) if images else _pack_array(span.frames, 4)
+  return ['video', branch, frames, float(span.fps)]
 
 
 def _unpack(fields: list[Any]) -> Span:
@@ -194,7 +199,12 @@ def _unpack(fields: list[Any]) -> Span:
     return Image(*rest, branch=branch)
   if kind in ('audio', 'video'):
     content, rate = rest
-    content = content if isinstance(content, bytes) else _unpack_array(content)
+    if kind == 'video' and isinstance(content, list):
+      if not all(isinstance(frame, bytes) for frame in content):
+        raise ValueError('a frame is no file')
+      content = tuple(content)
+    elif not isinstance(content, bytes):
+      content = _unpack_array(content)
     return (Audio if kind == 'audio' else Video)(content, rate, branch)
   raise BadDocument('unknown_span', f'{kind!a}; known: text, {", ".join(KINDS)}')
 
