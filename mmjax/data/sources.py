@@ -90,7 +90,7 @@ class Jsonl:
 
   Paths that leave the file's folder (also through links) are refused. Sound and
   video files are carried as they are: {"audio": path, "rate": 16000} and
-  {"video": path, "fps": 25}.
+  {"video": path, "fps": 25}, or {"video": [path, ...], "fps": 25} of images.
   """
 
   file: str
@@ -155,7 +155,8 @@ def _line(tree: dict[str, Any], folder: pathlib.Path, name: str) -> Document:
                         'audio, video')  # fmt: skip
     kind = kinds.pop()
     value, trained = span[kind], span.get('trained', False)
-    if not isinstance(value, str) or not isinstance(trained, bool):
+    files = value if kind == 'video' and isinstance(value, list) else [value]
+    if not all(isinstance(f, str) for f in files) or not isinstance(trained, bool):
       raise BadDocument('bad_line', f'{kind} must be a string, "trained" true or false')
     branch = span.get('branch', 0)
     if type(branch) is not int or branch < 0:
@@ -165,7 +166,8 @@ def _line(tree: dict[str, Any], folder: pathlib.Path, name: str) -> Document:
         raise BadDocument('not_unicode', f'{value[:40]!a} holds lone surrogates')
       spans.append(Text(value, trained, branch))
       continue
-    content = _file(folder, value)
+    content = tuple(_file(folder, name) for name in files)
+    content = content if files is value else content[0]
     rate = span.get({'audio': 'rate', 'video': 'fps'}.get(kind), 0)
     if isinstance(rate, bool) or not isinstance(rate, (int, float)):
       raise BadDocument('bad_line', f'{kind}: rate and fps are numbers')
