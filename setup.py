@@ -45,13 +45,18 @@ setuptools.setup(
   ],
   extras_require={
     'quickstart': ['easy-vqa==1.0'],
+    # Sound and video from files.
+    'media': ['av>=16', 'soundfile>=0.13', 'soxr>=1'],
     'test': [
+      'av>=16',
       'easy-vqa==1.0',
       'hypothesis',
       'psutil',
       'pytest>=8',
       'pytest-xdist',
       'ruff',
+      'soundfile>=0.13',
+      'soxr>=1',
     ],
     # CPU torch as a peer to measure and compare with; never needed to run mmjax.
     'parity': ['torch==2.13.0', 'transformers==5.23.0'],
