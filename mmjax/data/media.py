@@ -114,17 +114,19 @@ def pixels(image: Image, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 def native_size(span: Image | Audio | Video, max_pixels: int = MAX_PIXELS):
-  """(frames, height, width) of a media span; decodes images to be sure of them.
+  """The size of a media span as it comes, three numbers from which its grid follows.
 
-  Sound counts samples as frames, with height and width 1. Sound and video that
-  come as encoded files aren't opened: all three are 0.
+  An image: (1, height, width), decoded to be sure of it. Sound: (samples, samples per
+  second, 1), and video: (milliseconds, height, width), of files by their headers.
   """
+  from mmjax.data import audio, video
+
   if isinstance(span, Image):
     height, width, _ = pixels(span, max_pixels).shape
     return 1, height, width
   if isinstance(span, Audio):
-    return (0, 0, 0) if isinstance(span.wave, bytes) else (len(span.wave), 1, 1)
-  return (0, 0, 0) if isinstance(span.frames, bytes) else span.frames.shape[:3]
+    return audio.native_size(span)
+  return video.native_size(span, max_pixels)
 
 
 def patchify(image: np.ndarray, patch: int) -> np.ndarray:

@@ -199,13 +199,11 @@ class PackPlan:
 
 
 def _grid(kind, size, rule):
-  """The grid of patches of an item of native size (frames, height, width)."""
-  frames, height, width = size
+  """The grid of patches of an item of that size, see `media.native_size`."""
+  _, height, width = size
   if height * width > getattr(rule, 'max_pixels', height * width):
     raise BadDocument('too_many_pixels', f'{height} x {width}')
-  if kind == 'image':
-    return rule.grid(height, width)
-  return rule.grid(frames, height, width)
+  return rule.grid(height, width) if kind == 'image' else rule.grid(*size)
 
 
 def _sums(owner, values, N):

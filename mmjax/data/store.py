@@ -35,7 +35,7 @@ class Index:
   targets:      i32[N] those that are trained (a trained first slot doesn't count)
   item_offsets: i64[N+1] document n holds items [item_offsets[n], item_offsets[n+1])
   item_kind:    u8[M] place in `document.KINDS`: 0 image, 1 audio, 2 video
-  item_size:    i32[M, 3] native frames, height, width (`media.native_size`)
+  item_size:    i32[M, 3] sizes as they come, of each kind its own (`media.native_size`)
   """
 
   text_tokens: np.ndarray
