@@ -17,9 +17,11 @@ positions start where the trunk stands, as if nothing stood between:
   positions  0        1 2 3      1 2        1 2
 
 Positions of media follow M-RoPE (Qwen2-VL, 2409.12191): text counts on from
-the largest side of the grid before it. Models that know of no grid have slots that
-count on like text (`image_positions`), and a prefix-LM has prompts whose slots all see
-each other, since they share one rank (`prompt_attention`, PaliGemma, 2407.07726):
+the largest place of the grid before it. Rules of sound and video say with `times` where
+on the time axis their patches stand, and with `seconds` what that is on the clock. Models
+that know of no grid have slots that count on like text (`image_positions`), and a
+prefix-LM has prompts whose slots all see each other, since they share one rank
+(`prompt_attention`, PaliGemma, 2407.07726):
 
   spans      Image 2x1   Text(prompt)   Text(answer)
   order       0  0        0 0            1 2
@@ -50,7 +52,8 @@ class MediaArrays:
   """All media of one kind in one document.
 
   values:     u8 or f32[P, C] patches
-  positions:  i32[P, 3] time, row, column inside the item
+  positions:  i32[P, 3] time (`rule.seconds` makes seconds of it), row, column inside
+    the item
   items:      i32[P] which item owns the patch, from 1
   item_order: i32[I] the item's rank in the document
   """
@@ -100,7 +103,8 @@ def to_example(
     tokenizer: see `data.tokenizer`. Every trained text is closed by its
       `end_id`, trained too: that is where generation stops.
     rules: by media kind, how an item becomes patches (`media.ImageRule`). A rule
-      of another kind has `grid(frames, height, width)` and `patches(span)`.
+      of another kind has `grid(*native_size)`, `patches(span)` and, if its patches
+      aren't 0, 1, 2, ... on the time axis, `times(*native_size)`.
     slots: the model's answer to how many stream slots an item takes, as a grid.
     image_attention: 'block' (slots of an item share one rank, so that they see
       each other) or 'causal' (each has its own).
@@ -135,9 +139,10 @@ def to_example(
       continue
     if kind not in rules:
       raise BadDocument(f'unsupported_{kind}', f'document {document.id!a}')
-    grid, values = _patches(span, rules[kind])
+    grid, times, values = _patches(span, rules[kind])
     slot_grid = slots(Item(kind, grid))
-    parts.item(kind, grid, values, slot_grid, image_attention, image_positions)
+    options = image_attention, image_positions
+    parts.item(kind, grid, times, values, slot_grid, *options)
   example = parts.example(document.id)
   return _blocks(example) if prompt_attention == 'block' else example
 
@@ -165,17 +170,30 @@ def _last_item(example):
   return max((int(m.item_order.max()) for m in example.media.values()), default=0)
 
 
-def _patches(span, rule) -> tuple[tuple[int, int, int], np.ndarray]:
+def _patches(span, rule):
+  """(grid of patches, their times or None for 0, 1, 2, ..., the patches)."""
   if isinstance(span, Image):
     pixels = media_lib.pixels(span, rule.max_pixels)
-    return rule.grid(*pixels.shape[:2]), rule.patches(pixels)
-  return rule.grid(*media_lib.native_size(span)), rule.patches(span)
+    return rule.grid(*pixels.shape[:2]), None, rule.patches(pixels)
+  size = media_lib.native_size(span)
+  times = rule.times(*size) if hasattr(rule, 'times') else None
+  return rule.grid(*size), times, rule.patches(span)
 
 
 @functools.lru_cache(1024)
 def _cells(grid: tuple[int, int, int]) -> np.ndarray:
   """The cells (time, row, column) of a grid in reading order, i32[n, 3]."""
   return np.ascontiguousarray(np.indices(grid, np.int32).reshape(3, -1).T)
+
+
+def _places(grid: tuple[int, int, int], times: np.ndarray | None) -> np.ndarray:
+  """The cells of a grid with what there is of `times` for the time, i32[n, 3]."""
+  cells = _cells(tuple(grid))
+  if times is None or not len(cells):
+    return cells
+  places = cells.copy()
+  places[:, 0] = times[cells[:, 0] * len(times) // grid[0]]
+  return places
 
 
 class _Parts:
@@ -223,9 +241,9 @@ class _Parts:
     self.position += n
     self.ids, self.trained = [], []
 
-  def item(self, kind, grid, values, slot_grid, attention, positions):
+  def item(self, kind, grid, times, values, slot_grid, attention, positions):
     self._close_text()
-    cells = _cells(tuple(slot_grid))
+    cells = _places(slot_grid, times)
     n = len(cells)
     steps = np.arange(n, dtype=np.int32)
     seen = self.num_slots.get(kind, 0)
@@ -240,8 +258,9 @@ class _Parts:
     self.num_slots[kind] = seen + n
     # A causal item counts as seen from its last slot on.
     self.rank += max(n, 1) if attention == 'causal' else 1
-    self.position += n if counted else max(slot_grid)
-    self.media.setdefault(kind, []).append((grid, values, self.rank - 1))
+    side = max(slot_grid) if times is None else int(cells.max(initial=-1)) + 1
+    self.position += n if counted else side
+    self.media.setdefault(kind, []).append((_places(grid, times), values, self.rank - 1))
 
   def example(self, name) -> Example:
     self._close_text()
@@ -275,7 +294,7 @@ def _media_arrays(items) -> MediaArrays:
   counts = [len(values) for _, values, _ in items]
   return MediaArrays(
     values=np.concatenate([values for _, values, _ in items]),
-    positions=np.concatenate([_cells(tuple(grid)) for grid, _, _ in items]),
+    positions=np.concatenate([places for places, _, _ in items]),
     items=np.repeat(np.arange(1, len(items) + 1, dtype=np.int32), counts),
     item_order=np.array([rank for _, _, rank in items], np.int32),
   )
