@@ -14,11 +14,14 @@ from ml_collections import ConfigDict
 
 from mmjax import models, sharding
 from mmjax.batch import BankBudget, Budget
+from mmjax.data.audio import AudioRule
 from mmjax.data.media import ImageRule
+from mmjax.data.video import VideoRule
 from mmjax.train import optim, state, step, tasks
 from mmjax.train.config import fields_of
 
-_RULES = {'image': ImageRule}  # by media kind, what config.data.<kind> describes
+# By media kind, what config.data.<kind> describes.
+_RULES = {'image': ImageRule, 'audio': AudioRule, 'video': VideoRule}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +119,8 @@ def budget_of(config: ConfigDict, media_rules: dict[str, Any]) -> Budget:
   plain = config.data.budget
   bank = {}
   for kind, rule in media_rules.items():
-    section = ConfigDict({**plain[kind].to_dict(), 'channels': rule.channels})
+    given = dict(channels=rule.channels, dtype=getattr(rule, 'dtype', 'uint8'))
+    section = ConfigDict({**plain[kind].to_dict(), **given})
     bank[kind] = fields_of(section, BankBudget, f'data.budget.{kind}')
   return Budget(plain.stream, plain.targets, bank)
 

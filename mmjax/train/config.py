@@ -28,7 +28,8 @@ from mmjax.sharding import RULES
 OPTIONAL = config_dict.placeholder
 # Sections whose keys are the fields of something else, which checks them itself.
 _OPEN = ('model', 'init', 'optim.options', 'data.options', 'data.image',
-         'data.budget.image', 'sharding.mesh', 'sharding.rules', 'eval')  # fmt: skip
+         'data.audio', 'data.video', 'data.budget.image', 'data.budget.audio',
+         'data.budget.video', 'sharding.mesh', 'sharding.rules', 'eval')  # fmt: skip
 # What a resumed run may change: nothing of it changes the parameters' way
 # (`sharding` only by rounding).
 MAY_DIFFER = ('data.workers', 'data.path', 'data.max_bad_share', 'eval.', 'sharding.',
@@ -50,11 +51,13 @@ def defaults() -> ConfigDict:
         split='train',
         rows=8,  # rows of one step, over all devices and processes
         image=dict(),  # fields of mmjax.data.media.ImageRule
+        audio=dict(),  # fields of mmjax.data.audio.AudioRule
+        video=dict(),  # fields of mmjax.data.video.VideoRule
         image_attention='block',
         prompt_attention='causal',
         image_positions='grid',
         augment=(),  # names of mmjax.data.augment.AUGMENTATIONS
-        budget=dict(stream=1024, targets=256, image=dict()),
+        budget=dict(stream=1024, targets=256, image=dict(), audio=dict(), video=dict()),
         workers=0,
         max_bad_share=0.01,
       ),
