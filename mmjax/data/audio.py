@@ -127,11 +127,10 @@ def _package(name: str):
 
 
 def _size(file, data: bytes) -> tuple[int, int]:
-  size = _checked(file.frames, file.samplerate)
   lacks = _missing(data)
   if lacks:
-    raise BadDocument('truncated_audio', f'{lacks} bytes are missing')
-  return size
+    raise BadDocument('truncated_audio', f'{lacks} bytes or more are missing')
+  return _checked(file.frames, file.samplerate)
 
 
 def _checked(count: int, rate: float) -> tuple[int, int]:

@@ -101,6 +101,8 @@ def _read(data: bytes, max_pixels: int) -> tuple[int, Fraction, list[Any]]:
     raise BadDocument('no_frames', 'a file without a video stream')
   stream = file.streams.video[0]
   context = stream.codec_context
+  if context is None:
+    raise BadDocument('not_video', 'no decoder for its stream')
   _check_pixels(context.height, context.width, max_pixels)
   context.thread_count = 1  # loading is parallel over documents
   try:
@@ -114,7 +116,7 @@ def _read(data: bytes, max_pixels: int) -> tuple[int, Fraction, list[Any]]:
   if len(packets) > 1 and len(packets) > RATES[1] * (seconds + step):
     raise BadDocument('bad_rate', f'{len(packets)} frames in {float(seconds):.3f} s')
   claimed = _claimed(file, stream)
-  if seconds < claimed * Fraction(19, 20) - 2 * step:
+  if seconds + 1.5 * step < claimed * 0.99:
     raise BadDocument(
       'truncated_video', f'{float(seconds):.2f} s of the {float(claimed):.2f} s it names'
     )
@@ -153,7 +155,9 @@ def _decoded(packets, last: Fraction, max_pixels: int) -> Frames:
   try:
     for packet in (*packets, None):
       for frame in stream.codec_context.decode(packet):
-        time = count * _step(stream) if frame.pts is None else frame.pts * frame.time_base
+        time = (
+          count * _step(stream) if frame.pts is None else frame.pts * stream.time_base
+        )
         first = time if first is None else first
         count, at = count + 1, time - first
         _check_pixels(frame.height, frame.width, max_pixels)
