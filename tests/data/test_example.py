@@ -241,8 +241,8 @@ def test_an_image_without_slots_still_has_a_rank():
 class Windows:
   """A rule for sound: windows of four samples."""
 
-  def grid(self, frames, height, width):
-    return (frames // 4, height, width)
+  def grid(self, samples, rate, _):
+    return (samples // 4, 1, 1)
 
   def patches(self, span):
     return span.wave.reshape(-1, 4)
