@@ -18,6 +18,7 @@ spans = st.one_of(
   st.builds(Image, st.binary()),
   st.builds(Audio, st.binary(), st.floats(0, 1e6)),
   st.builds(Video, st.binary(), st.floats(0, 1e3)),
+  st.builds(Video, st.lists(st.binary(), max_size=3).map(tuple), st.floats(0, 1e3)),
 )
 
 
@@ -97,6 +98,7 @@ def test_record_is_readable_before_it_is_broken():
     (record(spans=[[]]), 'unreadable_record'),
     (record(spans=[['text', 0]]), 'unreadable_record'),
     (record(spans=[['text', '0', 'a', True]]), 'unreadable_record'),
+    (record(spans=[['video', 0, [b'a', 7], 1.0]]), 'unreadable_record'),
     (record(spans=[['audio', {'dtype': '|O', 'shape': [1], 'data': b''}, 1]]),
      'unreadable_record'),
     (record(spans=[['audio', {'dtype': '<f4', 'shape': [3], 'data': b'1234'}, 1]]),

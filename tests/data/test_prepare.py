@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import PIL.Image
 import pytest
+import soundfile
 
 from mmjax.data import prepare as prepare_lib
 from mmjax.data import sources
@@ -83,16 +84,19 @@ def test_lines_may_have_branches(folder):
 
 
 def test_sound_and_video_are_carried_as_files(folder):
-  (folder / 'v.mp4').write_bytes(b'film')
-  line = {'spans': [{'video': 'v.mp4', 'fps': 25}, {'audio': 'v.mp4', 'rate': 8000},
+  soundfile.write(folder / 's.wav', np.zeros((80, 2)), 8000)
+  sound, picture = ((folder / name).read_bytes() for name in ('s.wav', 'images/a.png'))
+  line = {'spans': [{'video': ['images/a.png'] * 2, 'fps': 25}, {'audio': 's.wav'},
                     {'text': 'a', 'trained': True}]}  # fmt: skip
   write(folder, line)
   run(folder)
   data = Dataset(folder / 'out', 'train')
   video, audio, _ = data[0].spans
   assert isinstance(video, Video)
-  assert (video.frames, video.fps, audio.wave, audio.rate) == (b'film', 25, b'film', 8000)
+  assert (video.frames, video.fps, audio.wave) == ((picture, picture), 25, sound)
   assert data.index.item_kind.tolist() == [2, 1]
+  height, width, _ = decode_image(picture).shape
+  assert data.index.item_size.tolist() == [[80, height, width], [80, 8000, 1]]
 
 
 BAD = [
@@ -124,6 +128,13 @@ BAD = [
   ({'spans': [{'image': 'images/b.png'}, {'text': 'a', 'trained': True}],
     'id': 'big'}, None),
   ({'spans': [{'audio': 'half.png', 'rate': 'high'}]}, 'bad_line'),
+  ({'spans': [{'audio': ['images/a.png']}]}, 'bad_line'),
+  ({'spans': [{'video': ['images/a.png', 3]}]}, 'bad_line'),
+  ({'spans': [{'video': ['images/a.png', 'nowhere.png']}]}, 'missing_file'),
+  ({'spans': [{'video': [], 'fps': 1}, {'text': 'a', 'trained': True}]}, 'no_frames'),
+  ({'spans': [{'video': ['images/a.png']}, {'text': 'a', 'trained': True}]}, 'bad_rate'),
+  ({'spans': [{'video': 'half.png'}, {'text': 'a', 'trained': True}]}, 'not_video'),
+  ({'spans': [{'audio': 'half.png'}, {'text': 'a', 'trained': True}]}, 'not_audio'),
   ({'spans': [{'text': 'a', 'trained': True}], 'split': '../x'}, 'bad_split'),
   ({'spans': [{'text': 'a', 'trained': True}], 'split': 3}, 'bad_split'),
 ]  # fmt: skip
@@ -150,7 +161,8 @@ def test_each_bad_line_has_its_reason(folder):
   (folder.parent / 'secret.png').write_bytes(png('red'))
   (folder / 'link.png').symlink_to(folder.parent / 'secret.png')
   (folder / 'half.png').write_bytes(b'half')
-  late = ('bad_branch', 'empty', 'nothing_trained', 'not_image', 'truncated_image', None)
+  late = ('bad_branch', 'empty', 'nothing_trained', 'not_image', 'truncated_image', None,
+          'no_frames', 'bad_rate', 'not_video', 'not_audio')  # fmt: skip
   for line, reason in BAD:
     write(folder, line)
     ((_, got),) = sources.build(f'jsonl:{folder / "d.jsonl"}').records()
