@@ -155,7 +155,7 @@ def test_packed_equals_unpacked(run):
     {k: parts.budget.bank[k].__class__(80, 8, b.channels, b.dtype)
      for k, b in budget.bank.items()},
   )  # fmt: skip
-  weights = parts.model.init(jax.random.key(0), budget.empty(1))
+  weights = jax.jit(parts.model.init)(jax.random.key(0), budget.empty(1))
   apply = jax.jit(parts.model.apply)
   together = apply(weights, pack([examples], budget))[0]
   at = 0
