@@ -130,13 +130,13 @@ def _step(stream) -> Fraction:
 
 def _seconds(packets, stream, step: Fraction) -> tuple[list[Fraction], Fraction]:
   """(when each packet begins, how long all take)."""
-  begins, end = [], Fraction(0)
+  begins, ends = [], []
   for i, packet in enumerate(packets):
     ticks = packet.dts if packet.pts is None else packet.pts
     begins.append(i * step if ticks is None else ticks * stream.time_base)
     takes = packet.duration * stream.time_base if packet.duration else step
-    end = max(end, begins[-1] + takes)
-  return begins, end - min(begins)
+    ends.append(begins[-1] + takes)
+  return begins, max(ends) - min(begins)
 
 
 def _claimed(file, stream) -> Fraction:

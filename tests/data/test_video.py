@@ -256,6 +256,8 @@ BAD = {
   'most of an AVI': (cut(0.9, 'avi'), 'truncated_video'),
   'half an MKV': (cut(0.5, 'matroska'), 'truncated_video'),
   'most of a WebM': (cut(0.9, 'webm'), 'truncated_video'),
+  'an index cut short': (cut(0.9, 'mp4'), 'not_video'),
+  'thousands of frames a second': (encoded(film(9), 'mov', 5000), 'bad_rate'),
   'half a MOV': (cut(0.5, 'mov'), 'not_video'),
   'damaged frames': (damaged(), 'truncated_video'),
   'too many pixels': (encoded(film(2, 80, 80)), 'too_many_pixels'),
