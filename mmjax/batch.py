@@ -82,6 +82,19 @@ class KeyTags:
   until: Array | None = None
 
 
+class AttentionTags(NamedTuple):
+  """Both sides of one attention of a model.
+
+  A model's `attention_tags(batch)` gives them by name, and its forward pass attends by
+  the same. Queries are always the slots of the stream; so are the keys of 'self'. Keys
+  of any other name are what the model made of the items, S / I for each, item after
+  item.
+  """
+
+  query_tags: QueryTags
+  key_tags: KeyTags
+
+
 @_pytree
 class Stream:
   """The token stream of a packed batch.

@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmjax.batch import Bank, Item, PackedBatch
+from mmjax.batch import AttentionTags, Bank, Item, PackedBatch
 from mmjax.names import closest
 from mmjax.nn.transformer import Dense
 from mmjax.ops.contrastive import clipped_exp
@@ -169,6 +169,10 @@ class Dual(nn.Module):
     scale = clipped_exp(self.log_scale, self.max_scale)
     bias = self.bias if self.logit_bias else jnp.zeros(())
     return scale, bias.astype(jnp.float32)
+
+  def attention_tags(self, batch: PackedBatch) -> dict[str, AttentionTags]:
+    """By name of an attention, its tags (of the text tower): `batch.AttentionTags`."""
+    return self.text.attention_tags(PackedBatch(batch.stream, {}))
 
   def slots(self, item: Item) -> tuple[int, int, int]:
     """The grid of stream slots an item takes: none."""

@@ -19,7 +19,7 @@ something to the language model, and then the language model too:
 import flax.linen as nn
 import jax
 
-from mmjax.batch import Item, PackedBatch
+from mmjax.batch import AttentionTags, Item, PackedBatch
 from mmjax.models.unified import Unified
 from mmjax.nn.cache import Cache
 from mmjax.nn.features import bank_of
@@ -85,6 +85,10 @@ class Encoded(nn.Module):
   def logits(self, hidden: jax.Array) -> jax.Array:
     """f[..., D] -> f32[..., V]."""
     return self.lm.logits(hidden)
+
+  def attention_tags(self, batch: PackedBatch) -> dict[str, AttentionTags]:
+    """By name of an attention, its tags; see `batch.AttentionTags`."""
+    return self.lm.attention_tags(batch)
 
   def slots(self, item: Item) -> tuple[int, int, int]:
     """The grid of stream slots an item takes.

@@ -22,7 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmjax.batch import Bank, Item, KeyTags, PackedBatch
+from mmjax.batch import AttentionTags, Bank, Item, KeyTags, PackedBatch, Stream
 from mmjax.models.unified import Unified
 from mmjax.names import closest
 from mmjax.nn import cross_attention
@@ -135,18 +135,14 @@ class Flamingo(nn.Module):
     Raises:
       ValueError: media that are not the model's.
     """
-    bank = bank_of(batch, self.media)
-    items = item_tags(batch.stream, bank, self.media[0][0])
-    latents = self._latents(bank, train)
+    tags = self.attention_tags(batch)['cross']
+    latents = self._latents(bank_of(batch, self.media), train)
     if self.is_initializing():
-      query_tags = look_at(batch.stream.query_tags, items, self.latest)
-      args = (latents, query_tags, latent_tags(items, self._num_seen))
       x = jnp.zeros((*batch.stream.tokens.shape, self.lm.embed_dim), self.lm.dtype)
       for cross in [self.cross] if self.lm.scan else self.cross:
-        cross(x, *args)
+        cross(x, latents, *tags)
       return self.lm(words(batch, self.marker), train=train)
-    parts = self._parts(None)
-    before = self._before(batch.stream, items, parts, latents)
+    before = self._before(tags, self._parts(None), latents)
     return self.lm(words(batch, self.marker), train=train, before=before)
 
   def extend(
@@ -165,13 +161,21 @@ class Flamingo(nn.Module):
       bank = bank_of(batch, self.media)
       items = item_tags(batch.stream, bank, self.media[0][0], items)
       media = self._keys(self._latents(bank, False))
-    before = self._before(batch.stream, items, self._parts(media))
+    tags = self._cross_tags(batch.stream, items)
+    before = self._before(tags, self._parts(media))
     hidden, text = self.lm.extend(words(batch, self.marker), cache.text, slot, before)
     return hidden, MediaCache(text, media, items)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """f[..., D] -> f32[..., V]."""
     return self.lm.logits(hidden)
+
+  def attention_tags(self, batch: PackedBatch) -> dict[str, AttentionTags]:
+    """By name of an attention, its tags; 'cross' is to latents: `batch.AttentionTags`."""
+    bank = bank_of(batch, self.media)
+    items = item_tags(batch.stream, bank, self.media[0][0])
+    cross = self._cross_tags(batch.stream, items)
+    return {**self.lm.attention_tags(batch), 'cross': cross}
 
   def slots(self, item: Item) -> tuple[int, int, int]:
     """The grid of stream slots an item takes: its marker.
@@ -253,15 +257,17 @@ class Flamingo(nn.Module):
       self.cross.variables['params']
     )
 
-  def _before(self, stream, items, parts, latents=None) -> Before:
-    block = self._block()
+  def _cross_tags(self, stream: Stream, items: KeyTags) -> AttentionTags:
     query_tags = look_at(stream.query_tags, items, self.latest)
-    key_tags = latent_tags(items, self._num_seen)
+    return AttentionTags(query_tags, latent_tags(items, self._num_seen))
+
+  def _before(self, tags, parts, latents=None) -> Before:
+    block = self._block()
 
     def run(part, x):
       params, kv = part
       media = latents if kv is None else kv
-      return block.apply({'params': params}, x, media, query_tags, key_tags)
+      return block.apply({'params': params}, x, media, *tags)
 
     if self.lm.remat != 'none':
       policy = REMAT[self.lm.remat]

@@ -15,7 +15,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmjax.batch import Bank, Item, KeyTags, PackedBatch, Stream, visible
+from mmjax.batch import (
+  AttentionTags,
+  Bank,
+  Item,
+  KeyTags,
+  PackedBatch,
+  Stream,
+  visible,
+)
 from mmjax.models.unified import Unified
 from mmjax.nn.cache import Cache
 from mmjax.nn.features import bank_of
@@ -79,8 +87,7 @@ class Late(nn.Module):
     bank = bank_of(batch, self.media)
     items = self._vectors(bank, train)
     hidden = self.lm(words(batch, self.marker), train=train)
-    tags = item_tags(batch.stream, bank, self.media[0][0])
-    return self._joined(hidden, batch.stream, items, tags)
+    return self._joined(hidden, items, self.attention_tags(batch)['join'])
 
   def extend(
     self, batch: PackedBatch, cache: ItemCache, slot: jax.Array | int
@@ -92,11 +99,19 @@ class Late(nn.Module):
       tags = item_tags(batch.stream, bank, self.media[0][0], tags)
       items = self._vectors(bank, False)
     hidden, text = self.lm.extend(words(batch, self.marker), cache.text, slot)
-    return self._joined(hidden, batch.stream, items, tags), ItemCache(text, items, tags)
+    hidden = self._joined(hidden, items, self._join_tags(batch.stream, tags))
+    return hidden, ItemCache(text, items, tags)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """f[..., D] -> f32[..., V]."""
     return self.lm.logits(hidden)
+
+  def attention_tags(self, batch: PackedBatch) -> dict[str, AttentionTags]:
+    """By name of an attention, its tags; 'join' is to items: `batch.AttentionTags`."""
+    bank = bank_of(batch, self.media)
+    items = item_tags(batch.stream, bank, self.media[0][0])
+    join = self._join_tags(batch.stream, items)
+    return {**self.lm.attention_tags(batch), 'join': join}
 
   def slots(self, item: Item) -> tuple[int, int, int]:
     """The grid of stream slots an item takes: its marker.
@@ -122,11 +137,13 @@ class Late(nn.Module):
       raise ValueError("late fusion takes an item's vector; set `pool` of the encoder")
     return self.item(pooled)
 
+  def _join_tags(self, stream: Stream, items: KeyTags) -> AttentionTags:
+    return AttentionTags(look_at(stream.query_tags, items, self.latest), items)
+
   def _joined(
-    self, hidden: jax.Array, stream: Stream, items: jax.Array, tags: KeyTags
+    self, hidden: jax.Array, items: jax.Array, tags: AttentionTags
   ) -> jax.Array:
-    seen = visible(look_at(stream.query_tags, tags, self.latest), tags)
-    seen = seen.astype(jnp.float32)
+    seen = visible(*tags).astype(jnp.float32)
     seen = seen / jnp.maximum(jnp.sum(seen, -1, keepdims=True), 1)
     mine = jnp.einsum('BTI,BIE->BTE', seen, items.astype(jnp.float32))
     return self.join(hidden, mine.astype(hidden.dtype))

@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmjax.batch import KeyTags, PackedBatch, QueryTags
+from mmjax.batch import AttentionTags, KeyTags, PackedBatch, QueryTags
 from mmjax.nn.embed import StreamEmbed
 from mmjax.nn.transformer import (
   ACTIVATIONS,
@@ -130,14 +130,19 @@ class Encoder(nn.Module):
     if self.embedding_norm:
       x = self.embed_norm(x)
     x = self.drop(x, deterministic=not train)
-    segments = jnp.where(s.tokens >= 0, s.segment_ids, 0)
-    zeros = jnp.zeros_like(segments)
-    queries = QueryTags(segments, zeros, jnp.where(segments > 0, 0, -1))
-    keys = KeyTags(segments, zeros)
-    hidden, _ = self.transformer(x, s.positions, queries, keys, train=train)
+    tags = self.attention_tags(batch)['self']
+    hidden, _ = self.transformer(x, s.positions, *tags, train=train)
     if self.is_initializing():  # parameters of the heads exist from `init` on
       self._heads(hidden)
     return hidden
+
+  def attention_tags(self, batch: PackedBatch) -> dict[str, AttentionTags]:
+    """By name of an attention, its tags; see `batch.AttentionTags`."""
+    s = batch.stream
+    segments = jnp.where(s.tokens >= 0, s.segment_ids, 0)
+    zeros = jnp.zeros_like(segments)
+    queries = QueryTags(segments, zeros, jnp.where(segments > 0, 0, -1))
+    return {'self': AttentionTags(queries, KeyTags(segments, zeros))}
 
   def pool(self, hidden: jax.Array) -> jax.Array:
     """tanh(W hidden + b), f[..., D] -> f[..., D]; meant for documents' first slots.

@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmjax.batch import PLACEHOLDER, Item, PackedBatch
+from mmjax.batch import PLACEHOLDER, AttentionTags, Item, PackedBatch
 from mmjax.nn.cache import Cache, empty_cache, write
 from mmjax.nn.embed import StreamEmbed
 from mmjax.nn.transformer import Before, Config, Transformer, kernel_init, unstack
@@ -148,10 +148,10 @@ class Unified(nn.Module):
     Raises:
       ValueError: media that are not the model's.
     """
-    s = batch.stream
     x = self.drop(self.embed(batch, ready), deterministic=not train)
+    tags = self.attention_tags(batch)['self']
     hidden, _ = self.transformer(
-      x, s.positions, s.query_tags, s.key_tags, train=train, before=before
+      x, batch.stream.positions, *tags, train=train, before=before
     )
     return hidden
 
@@ -196,6 +196,10 @@ class Unified(nn.Module):
     if logits.ndim == 3:
       logits = constrain(logits, 'batch', None, 'act_vocab')
     return logits
+
+  def attention_tags(self, batch: PackedBatch) -> dict[str, AttentionTags]:
+    """By name of an attention, its tags; see `batch.AttentionTags`."""
+    return {'self': AttentionTags(batch.stream.query_tags, batch.stream.key_tags)}
 
   def slots(self, item: Item) -> tuple[int, int, int]:
     """The grid of stream slots an item takes: one per patch."""
