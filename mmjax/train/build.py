@@ -16,6 +16,7 @@ from mmjax import models, sharding
 from mmjax.batch import BankBudget, Budget
 from mmjax.data.audio import AudioRule
 from mmjax.data.media import ImageRule
+from mmjax.data.pipeline import Pipeline
 from mmjax.data.video import VideoRule
 from mmjax.train import optim, state, step, tasks
 from mmjax.train.config import fields_of
@@ -130,6 +131,32 @@ def model_of(config: ConfigDict, vocab_size: int, budget: Budget) -> Any:
   media = tuple((kind, b.channels) for kind, b in sorted(budget.bank.items()))
   fields = {**config.model.to_dict(), 'vocab_size': vocab_size, 'media': media}
   return models.build(fields.pop('name'), **fields)
+
+
+def pipeline_of(
+  config: ConfigDict, dataset: Any, model: Any, budget: Budget, rules: dict[str, Any]
+) -> Pipeline:
+  """The pipeline of config.data over a dataset.
+
+  Raises:
+    ValueError: no document fits, or the model looks less far than documents reach.
+  """
+  pipeline = Pipeline(
+    dataset,
+    budget=budget,
+    rows=config.data.rows,
+    rules=rules,
+    slots=model.slots,
+    seed=config.seed,
+    image_attention=config.data.image_attention,
+    prompt_attention=config.data.prompt_attention,
+    image_positions=config.data.image_positions,
+    augment=config.data.augment,
+    max_bad_share=config.data.max_bad_share,
+    workers=config.data.workers,
+  )
+  refuse_short_reach(model, pipeline.reach)
+  return pipeline
 
 
 def refuse_short_reach(model: Any, needed: tuple[int, int]) -> None:

@@ -53,7 +53,6 @@ def train(config: ConfigDict, workdir: str | os.PathLike, devices=None) -> str:
     ValueError: the config, the data or the checkpoints don't fit; one line.
     RunStopped: too many bad documents or non-finite updates, a full disk.
   """
-  from mmjax.data.pipeline import Pipeline
   from mmjax.data.prepare import prepare
   from mmjax.data.store import Dataset
   from mmjax.eval import build_evaluators
@@ -84,21 +83,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike, devices=None) -> str:
     evaluators = build_evaluators(
       config, model=parts.model, mesh=parts.mesh, rules=parts.rules
     )
-    pipeline = Pipeline(
-      dataset,
-      budget=parts.budget,
-      rows=config.data.rows,
-      rules=parts.media_rules,
-      slots=parts.model.slots,
-      seed=config.seed,
-      image_attention=config.data.image_attention,
-      prompt_attention=config.data.prompt_attention,
-      image_positions=config.data.image_positions,
-      augment=config.data.augment,
-      max_bad_share=config.data.max_bad_share,
-      workers=config.data.workers,
+    pipeline = build_lib.pipeline_of(
+      config, dataset, parts.model, parts.budget, parts.media_rules
     )
-    build_lib.refuse_short_reach(parts.model, pipeline.reach)
     with sharding.use(parts.mesh, parts.rules):
       run = _Run(config, workdir, parts, pipeline, dataset, evaluators)
       return run.go()
