@@ -242,9 +242,9 @@ def _spread(items: list, limit: int) -> list:
 class Pictures:
   """All pictures of a page: each is one CSS rule, used by its class name."""
 
-  def __init__(self, limit: int):
+  def __init__(self, limit: int, side: int = _SIDE):
     self.rules: list[dict[str, Any]] = []
-    self._limit, self._used = limit, 0
+    self._limit, self._used, self._side = limit, 0, side
     self._known: dict[Any, list[dict[str, Any]]] = {}
 
   def add(self, index: int | None, look: Callable | None):
@@ -253,7 +253,7 @@ class Pictures:
       return []
     key = (look, index)
     if key not in self._known:
-      made = [_png(image) for image in look(index)]
+      made = [_png(image, self._side) for image in look(index)]
       size = sum(len(m['data']) for m in made)
       if self._used + size > self._limit:
         return None
@@ -265,12 +265,12 @@ class Pictures:
     return self._known[key]
 
 
-def _png(image: np.ndarray) -> dict[str, Any]:
+def _png(image: np.ndarray, side: int) -> dict[str, Any]:
   from PIL import Image
 
   picture = Image.fromarray(image)
-  if max(picture.size) > _SIDE:
-    picture.thumbnail((_SIDE, _SIDE))
+  if max(picture.size) > side:
+    picture.thumbnail((side, side))
   out = io.BytesIO()
   picture.save(out, 'PNG', optimize=True)
   width, height = picture.size
