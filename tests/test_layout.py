@@ -7,6 +7,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 CONTRACTS = {'batch', 'files', 'names', 'shape', 'sharding'}
 MODEL_SIDE = [CONTRACTS, {'ops'}, {'nn'}, {'models'}, {'generate', 'interop'}]
 USERS = {'train', 'eval', 'plan'}
+# Of the rank of train.py: it may import anything, and nothing may import it.
+SCRIPT = 'data/inspect.py'
 
 
 def _allowed(room):
@@ -47,13 +49,24 @@ def test_rooms_import_only_from_their_left():
   wrong = []
   count = 0
   for room, path in _modules():
+    script = path == ROOT / 'mmjax' / SCRIPT
     for name in _imports(path):
       if name.split('.')[0] == 'mmjax' and name.count('.'):
         count += 1
-        if name.split('.')[1] not in _allowed(room):
+        if not script and name.split('.')[1] not in _allowed(room):
           wrong.append(f'{path.relative_to(ROOT)} imports {name}')
   assert not wrong, wrong
   assert count > 20  # the walk found the project
+
+
+def test_nothing_imports_the_script():
+  assert (ROOT / 'mmjax' / SCRIPT).exists()
+  name = 'mmjax.' + SCRIPT.removesuffix('.py').replace('/', '.')
+  room = name.rpartition('.')[0]
+  for path in [*ROOT.glob('*.py'), *(path for _, path in _modules())]:
+    found = set(_imports(path))
+    text = path.read_text()
+    assert name not in found and f'from {room} import inspect' not in text, path
 
 
 def test_ops_do_not_know_flax_and_nothing_needs_torch():
@@ -70,6 +83,7 @@ def test_ops_do_not_know_flax_and_nothing_needs_torch():
 
 def test_files_stay_short():
   scripts = {ROOT / 'train.py': 80, ROOT / 'eval.py': 80}
+  scripts[ROOT / 'mmjax' / SCRIPT] = 80
   long = [
     f'{path.relative_to(ROOT)}: {lines} lines, at most {limit}'
     for path in [*(path for _, path in _modules()), *scripts]

@@ -3,11 +3,10 @@
   python -m mmjax.data.inspect --config=configs/quickstart.py --step=7 --out=page.html
   python -m mmjax.data.inspect --config=configs/quickstart.py --stats --steps=50
 
-The config, and --config.x.y=... over it, as train.py takes them; the dataset has to be
+The config and what is set over it are as train.py takes them; the dataset has to be
 prepared. Exit code 2 = something in the command, the config or the data doesn't fit.
-
 A script of the rank of train.py, so that it alone in `data` may import `train` and
-`eval` (tests/test_layout.py); nothing imports it.
+`eval`, and nothing may import it (tests/test_layout.py).
 """
 
 import contextlib
@@ -30,33 +29,33 @@ _STATS = flags.DEFINE_boolean('stats', False, 'Also count over --steps steps.')
 _STEPS = flags.DEFINE_integer('steps', 20, 'Steps that --stats counts over.')
 
 
-def inspect(config) -> str:
-  """Writes the page; returns what to print.
+def inspect(config, name, out, step=0, rows=8, steps=0) -> str:
+  """Writes the page of a step to `out`; returns what to print.
+
+  Args:
+    config: resolved and checked; name: of it, for the title.
+    rows: at most so many are shown; steps: that are counted, 0 = no numbers.
 
   Raises:
-    ValueError: a number that makes no sense, no dataset, or what the parts of a run
-      raise; one line.
+    ValueError: a number that makes no sense, no dataset, or what a run's parts raise.
   """
-  for flag, least in ((_STEP, 0), (_ROWS, 1), (_STEPS, 1)):
-    if flag.value < least:
-      raise ValueError(f'--{flag.name}={flag.value}: must be at least {least}')
-  data, step = config.data, _STEP.value
-  dataset = store.Dataset(data.path, data.split)
+  for flag, value, least in (('step', step, 0), ('rows', rows, 1), ('steps', steps, 0)):
+    if value < least:
+      raise ValueError(f'--{flag}={value}: must be at least {least}')
+  dataset = store.Dataset(config.data.path, config.data.split)
   rules = build.rules_of(config)
   budget = build.budget_of(config, rules)
   model = build.model_of(config, dataset.tokenizer.vocab_size, budget)
   pipeline = build.pipeline_of(config, dataset, model, budget, rules)
-  with contextlib.closing(pipeline.iterate(step)) as steps:
-    loaded = list(itertools.islice(steps, _STEPS.value if _STATS.value else 1))
+  with contextlib.closing(pipeline.iterate(step)) as loading:
+    loaded = list(itertools.islice(loading, max(steps, 1)))
   batch = jax.device_put(loaded[0].batch)
   batch, tags = jax.device_get((batch, model.attention_tags(batch)))
-  stats = batch_stats.gather(loaded, pipeline.plan.dropped) if _STATS.value else None
-  title = f'{config_lib.spec_name(sys.argv)} · {model.__class__.__name__} · step {step:,}'
+  stats = batch_stats.gather(loaded, pipeline.plan.dropped) if steps else None
+  title = f'{name} · {config.model.name} · step {step:,}'
   page = batch_page.page(
-    batch, tags, dataset.tokenizer, model.slots,
-    title=title, rows=_ROWS.value, stats=stats,
-  )  # fmt: skip
-  out = pathlib.Path(_OUT.value)
+    batch, tags, dataset.tokenizer, model.slots, title=title, rows=rows, stats=stats
+  )
   out.parent.mkdir(parents=True, exist_ok=True)
   report.replace(out, page)
   return f'{stats.table()}\n{out}' if stats else str(out)
@@ -66,10 +65,12 @@ def main(argv):
   logging.set_verbosity(logging.WARNING)
   try:
     if len(argv) > 1:
-      raise SystemExit(config_lib.refuse(ValueError(f'unknown argument {argv[1]!r}')))
-    print(inspect(flags.FLAGS.config))
+      sys.exit(config_lib.refuse(ValueError(f'unknown argument {argv[1]!r}')))
+    name, out = config_lib.spec_name(sys.argv), pathlib.Path(_OUT.value)
+    steps = _STEPS.value if _STATS.value else 0
+    print(inspect(flags.FLAGS.config, name, out, _STEP.value, _ROWS.value, steps))
   except (OSError, ValueError) as error:
-    if not config_lib.is_ours(error) and not isinstance(error, OSError):
+    if isinstance(error, ValueError) and not config_lib.is_ours(error):
       raise
     sys.exit(config_lib.refuse(error))
 

@@ -52,7 +52,6 @@ def page(
   B, T = batch.stream.tokens.shape
   count = B if rows is None else min(rows, B)
   pictures = report.Pictures(_BYTES, _SIDE)
-  kinds = sorted(batch.bank)
   return report.render(
     'batch.html.j2',
     title=title,
@@ -60,7 +59,6 @@ def page(
     forever=FOREVER,
     sizes={'rows': B, 'slots': T},
     hidden=B - count,
-    kinds=kinds,
     data=[data_of_row(batch, tags, b) for b in range(count)],
     stats=None if stats is None else stats.sections(),
     pictures=pictures.rules,
@@ -116,7 +114,6 @@ def _row(batch, b, tokenizer, slots, pictures) -> dict[str, Any]:
         'count': len(places),
         'share': 100 * len(places) / len(segments),
         'trained': int(np.count_nonzero(stream.weights[b, places])),
-        'items': len(mine),
         'parts': _parts(stream, b, places, mine, tokenizer),
       }
     )
@@ -125,7 +122,7 @@ def _row(batch, b, tokenizer, slots, pictures) -> dict[str, Any]:
     'number': b,
     'documents': documents,
     'used': used,
-    'items': len(items),
+    'media': [(np.count_nonzero(x.item_segments[b]), k) for k, x in batch.bank.items()],
     'trained': int(np.count_nonzero(stream.weights[b])),
     'share': 100 * (len(segments) - used) / len(segments),
   }

@@ -53,11 +53,13 @@ class Stats:
     ends = (f'{x:,.0f}' for x in (low, median, high, most))
     whole = max(sum(self.tokens.values()), 1)
     sections = [
-      _section('Fill', ('of a row', 'mean', 'least', 'most'), fill),
       _section(
-        'Length of documents, slots',
-        ('documents', 'mean', 'least', 'median', '95 %', 'most'),
-        [(f'{len(self.lengths):,}', mean, *ends)],
+        f'Fill over {self.steps:,} steps', ('of a row', 'mean', 'least', 'most'), fill
+      ),
+      _section(
+        f'Slots of {len(self.lengths):,} documents',
+        ('mean', 'least', 'median', '95 %', 'most'),
+        [(mean, *ends)],
         _histogram(self.lengths),
       ),
       _section(
