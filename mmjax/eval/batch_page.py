@@ -52,6 +52,7 @@ def page(
   B, T = batch.stream.tokens.shape
   count = B if rows is None else min(rows, B)
   pictures = report.Pictures(_BYTES, _SIDE)
+  data = [data_of_row(batch, tags, b) for b in range(count)]
   return report.render(
     'batch.html.j2',
     title=title,
@@ -59,7 +60,8 @@ def page(
     forever=FOREVER,
     sizes={'rows': B, 'slots': T},
     hidden=B - count,
-    data=[data_of_row(batch, tags, b) for b in range(count)],
+    data=data,
+    attentions=[(n, x['per_item']) for n, x in data[0]['attentions'].items()],
     stats=None if stats is None else stats.sections(),
     pictures=pictures.rules,
   )
@@ -114,7 +116,7 @@ def _row(batch, b, tokenizer, slots, pictures) -> dict[str, Any]:
         'count': len(places),
         'share': 100 * len(places) / len(segments),
         'trained': int(np.count_nonzero(stream.weights[b, places])),
-        'parts': _parts(stream, b, places, mine, tokenizer),
+        'groups': _groups(stream, b, places, mine, tokenizer),
       }
     )
   used = int(np.count_nonzero(segments))
@@ -148,6 +150,7 @@ def _items(stream, bank: Bank, kind: str, b: int, slots, pictures) -> list[dict]
         'kind': kind,
         'segment': segment,
         'picture': shown[0] if shown else None,
+        'width': min(max(20 * grid[2], shown[0]['width'] if shown else 0, 96), 320),
         'grid': grid,
         'slots': places[done : done + count].tolist(),
         # Over the picture, where a slot is a place in it; else below it.
@@ -184,12 +187,14 @@ def picture(values: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
   return np.ascontiguousarray(np.repeat(values.T[::-1, :, None], 3, axis=2))
 
 
-def _parts(stream, b, places, items, tokenizer) -> list[dict[str, Any]]:
-  """A document in the order of its slots: items, and runs of tokens.
+def _groups(stream, b, places, items, tokenizer) -> list[dict[str, list]]:
+  """A document in the order of its slots: items with the runs of text after them.
 
   A run ends at an item, and where a branch of the document begins or ends.
   """
-  parts: list[dict[str, Any]] = [{'item': x} for x in items if not x['slots']]
+  groups: list[dict[str, list]] = [
+    {'items': [x for x in items if not x['slots']], 'runs': []}
+  ]
   starts = {x['slots'][0]: x for x in items if x['slots']}
   tokens, until = stream.tokens[b], stream.until[b]
   inside = {place for x in items for place in x['slots']}
@@ -198,21 +203,22 @@ def _parts(stream, b, places, items, tokenizer) -> list[dict[str, Any]]:
   def close():
     if run:
       branch = bool(until[run[0]] != FOREVER)
-      shown = _words(stream, b, run, tokenizer)
-      parts.append({'item': None, 'branch': branch, 'tokens': shown})
+      groups[-1]['runs'].append((branch, _words(stream, b, run, tokenizer)))
       run.clear()
 
   for place in places.tolist():
     if place in starts:
       close()
-      parts.append({'item': starts[place]})
+      if groups[-1]['runs']:
+        groups.append({'items': [], 'runs': []})
+      groups[-1]['items'].append(starts[place])
     if place in inside and tokens[place] < 0:
       continue
     if run and until[run[-1]] != until[place]:
       close()
     run.append(place)
   close()
-  return parts
+  return groups
 
 
 def _words(stream, b, run, tokenizer) -> list[tuple[int, str, str]]:
