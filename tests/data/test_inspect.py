@@ -64,11 +64,11 @@ def test_the_page_is_of_the_batch_that_is_trained(config, tmp_path):
   said = inspect(config, 'name', tmp_path / 'new' / 'page.html', step=7, rows=2)
   assert said == str(tmp_path / 'new' / 'page.html')
   dataset = Dataset(config.data.path, 'train')
-  parts = build.build(config, dataset.tokenizer.vocab_size)
-  pipeline = build.pipeline_of(
-    config, dataset, parts.model, parts.budget, parts.media_rules
+  rules = build.rules_of(config)
+  budget = build.budget_of(config, rules)
+  pipeline = Pipeline(
+    dataset, budget=budget, rows=3, rules=rules, slots=lambda item: item.grid, seed=0
   )
-  assert isinstance(pipeline, Pipeline)
   steps = pipeline.iterate(7)
   want = next(steps).batch
   steps.close()
