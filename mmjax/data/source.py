@@ -1,0 +1,149 @@
+"""What sources of files have in common: pieces that are read one by one, and splits.
+
+  webdataset:gs://b/{train,val}-*.tar     pieces: each tar       splits: train, val
+  parquet:data/*.parquet                  pieces: each row group
+
+A piece is a unit that can be read alone, by any process, and gives the same records each
+time. A file's split stands in its name, or is told; of the training split a share may be
+held out, by a hash of each document's id, as 'test'.
+"""
+
+import hashlib
+import posixpath
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+from mmjax.data import paths
+from mmjax.data.document import BadDocument, Document
+
+Record = tuple[str, Document | BadDocument]
+Found = tuple[str | None, Document | BadDocument]  # id; None = of a whole file
+
+_SPLITS = {
+  'train': 'train',
+  'training': 'train',
+  'val': 'val',
+  'valid': 'val',
+  'validation': 'val',
+  'dev': 'val',
+  'test': 'test',
+}
+_SPLIT = re.compile(rf'(?<![a-z])({"|".join(_SPLITS)})(?![a-z])')
+
+
+def share_of(name: str) -> float:
+  """A number in [0, 1) that is as good as random, always the same for a name."""
+  return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6]) / 2**48
+
+
+def split_of(path: str) -> str:
+  """The split that a file's name, or its folder's, speaks of; else 'train'.
+
+  'data/validation-00000-of-00002.parquet' is 'val', and so is 'val/0001.tar'.
+  """
+  folder, name = posixpath.split(path)
+  for part in (name, posixpath.basename(folder)):
+    if found := _SPLIT.search(part.lower()):
+      return _SPLITS[found[1]]
+  return 'train'
+
+
+class Source:
+  """All records are those of the pieces, one piece after the other."""
+
+  def total(self, splits: Sequence[str] | None = None) -> int | None:
+    """How many records those splits have, where that is known beforehand."""
+    return None
+
+  def records(self, splits: Sequence[str] | None = None) -> Iterator[Record]:
+    """Documents of the named splits, or of all, and what can't become one.
+
+    Raises:
+      ValueError: the source can't be read at all.
+    """
+    for piece in self.pieces(splits):
+      yield from self.read(piece, splits)
+
+
+class Files(Source):
+  """A source of files; a subclass is a frozen dataclass with these fields.
+
+  files: a pattern, see `paths.expand`.
+  split: of all of them; by default what each file's name says, see `split_of`.
+  test_share: of the split 'train' that is 'test'; by a hash of a document's id.
+  """
+
+  files: str
+  split: str | None
+  test_share: float
+
+  def __post_init__(self):
+    name = type(self).__name__.lower()
+    if not 0 <= self.test_share <= 1:
+      raise ValueError(f'source {name}: test_share={self.test_share} is no share')
+    if self.split is not None and not re.fullmatch(r'\w[\w.-]*', self.split):
+      raise ValueError(f'source {name}: split={self.split!r} is no plain name')
+
+  def fingerprint(self) -> str | None:
+    """A hash of the files' names, sizes, begins and ends; None = they can't be read."""
+    try:
+      return paths.fingerprint(paths.expand(self.files))
+    except ValueError:
+      return None
+
+  def pieces(self, splits: Sequence[str] | None = None) -> list[str]:
+    """The files that may hold something of those splits.
+
+    Raises:
+      ValueError: there is no such file.
+    """
+    return [f for f in paths.expand(self.files) if self.may_hold(f, splits)]
+
+  def may_hold(self, file: str, splits: Sequence[str] | None) -> bool:
+    """Whether a file may have documents of those splits."""
+    home = self.home(file)
+    return splits is None or home in splits or (
+      home == 'train' and self.test_share > 0 and 'test' in splits
+    )  # fmt: skip
+
+  def file(self, piece: str) -> str:
+    """The file that a piece is of: itself, or FILE of 'FILE#7'."""
+    return piece
+
+  def home(self, file: str) -> str:
+    """The split of a file."""
+    return self.split or split_of(file)
+
+  def name(self, file: str) -> str:
+    """What ids call a file."""
+    return paths.relative(file, self.files)
+
+  def read(self, piece: str, splits: Sequence[str] | None = None) -> Iterator[Record]:
+    """The records of a piece that are of those splits.
+
+    A file that is gone comes as BadDocument 'missing_file'.
+
+    Raises:
+      OSError: a file that is there and can't be read.
+    """
+    file = self.file(piece)
+    home = self.home(file)
+
+    def place(name):
+      held = home == 'train' and name is not None and share_of(name) < self.test_share
+      return 'test' if held else home
+
+    def wanted(name):
+      return splits is None or place(name) in splits
+
+    try:
+      for name, record in self.found(piece, wanted):
+        if wanted(name):
+          yield place(name), record
+    except FileNotFoundError:
+      if wanted(None):
+        yield home, BadDocument('missing_file', f'{file}: no such file')
+
+  def found(self, piece: str, wanted: Callable[[str], bool]) -> Iterator[Found]:
+    """(id, record) of a piece; of an unwanted id the media needn't be read."""
+    raise NotImplementedError
