@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument(
-    'source', help='easy_vqa, emoji:DIR, html:DIR, jsonl:FILE or tfds:NAME'
+    'source', help='a source, e.g. jsonl:FILE or html:DIR; see mmjax.data.sources'
   )
   parser.add_argument('--out', required=True, help='directory of the dataset')
   parser.add_argument('--tokenizer', default='bytes', help='bytes, bpe:N or a path')

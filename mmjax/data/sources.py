@@ -10,6 +10,10 @@
   html:DIR     pages of text and figures, as of offline manuals; see `data.html`
   emoji:DIR    pictures and names of emoji from npm's packages in DIR, see `data.emoji`
 
+  webdataset:FILES, parquet:FILES, llava:FILES, mmc4:FILES, coco:CAPTIONS and
+  vqa2:QUESTIONS,ANNOTATIONS: sets as they are published; see the files of those names.
+  FILES is a pattern, also of gs:// and s3://, see `data.paths`.
+
 What can't become a document comes as (split, BadDocument), to be counted.
 """
 
@@ -23,9 +27,15 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.data.coco import Coco
 from mmjax.data.document import Audio, BadDocument, Document, Image, Text, Video
 from mmjax.data.emoji import Emoji
 from mmjax.data.html import Html
+from mmjax.data.llava import Llava
+from mmjax.data.mmc4 import Mmc4
+from mmjax.data.parquet import Parquet
+from mmjax.data.vqa2 import Vqa2
+from mmjax.data.webdataset import WebDataset
 
 Record = tuple[str, Document | BadDocument]
 
@@ -295,15 +305,21 @@ def _texts(record, features, feature) -> list[str]:
 
 # Name -> class; a spec is NAME or NAME:ARGUMENT.
 SOURCES = {
+  'coco': Coco,
   'easy_vqa': EasyVqa,
   'emoji': Emoji,
   'html': Html,
   'jsonl': Jsonl,
+  'llava': Llava,
+  'mmc4': Mmc4,
+  'parquet': Parquet,
   'tfds': Tfds,
+  'vqa2': Vqa2,
+  'webdataset': WebDataset,
 }
 
 
-def build(spec: str, **options: Any) -> EasyVqa | Emoji | Html | Jsonl | Tfds:
+def build(spec: str, **options: Any) -> Any:
   """The source of a spec, e.g. 'easy_vqa' or 'jsonl:data.jsonl'.
 
   Raises:
