@@ -26,8 +26,10 @@ from mmjax.data.layouts import branches, dialogue, interleaved
 from mmjax.data.source import Files, Found
 
 _IMAGES = ('image', 'images', 'jpg', 'png', 'img', 'picture')
-_TEXTS = ('conversations', 'messages', 'texts', 'caption', 'captions', 'answer',
-          'answers', 'text', 'sentences', 'label_text')  # fmt: skip
+_TEXTS = (
+  *('conversations', 'conversation', 'messages', 'texts', 'caption', 'captions'),
+  *('answer', 'answers', 'text', 'sentences', 'label_text'),
+)
 _PROMPTS = ('question', 'prompt')  # of an answer
 _ROWS = 32  # read at once
 
@@ -162,7 +164,7 @@ class Parquet(Files):
   def _documents(self, record, layout, name) -> Iterator[Document | BadDocument]:
     bad = []
     try:
-      text = record[layout.text]
+      text = _rows(record[layout.text])
       image = record[layout.image] if layout.image else []
       several = isinstance(image, list)
       images = image if several else [image]
@@ -242,6 +244,15 @@ class _Layout:
   image: str | None
   text: str
   prompt: str | None
+
+
+def _rows(value: Any) -> Any:
+  """Turns that are kept as lists by name, {'role': [...], 'content': [...]}, as turns."""
+  if (
+    isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values())
+  ):
+    return [dict(zip(value, row)) for row in zip(*value.values())]
+  return value
 
 
 def _holds_files(kind: Any) -> bool:

@@ -28,7 +28,7 @@ _SPLITS = {
   'dev': 'val',
   'test': 'test',
 }
-_SPLIT = re.compile(rf'(?<![a-z])({"|".join(_SPLITS)})(?![a-z])')
+_SPLIT = '|'.join(sorted(_SPLITS, key=len, reverse=True))
 
 
 def share_of(name: str) -> float:
@@ -37,15 +37,15 @@ def share_of(name: str) -> float:
 
 
 def split_of(path: str) -> str:
-  """The split that a file's name, or its folder's, speaks of; else 'train'.
+  """The split that a file's name has as a word, or its folder is called; else 'train'.
 
-  'data/validation-00000-of-00002.parquet' is 'val', and so is 'val/0001.tar'.
+  'data/validation-00000-of-00002.parquet' is 'val', and so is 'val2017/0001.tar'.
   """
-  folder, name = posixpath.split(path)
-  for part in (name, posixpath.basename(folder)):
-    if found := _SPLIT.search(part.lower()):
-      return _SPLITS[found[1]]
-  return 'train'
+  folder, name = posixpath.split(path.lower())
+  found = re.search(rf'(?<![a-z])({_SPLIT})(?![a-z])', name) or re.fullmatch(
+    rf'({_SPLIT})\d*', posixpath.basename(folder)
+  )
+  return _SPLITS[found[1]] if found else 'train'
 
 
 class Source:

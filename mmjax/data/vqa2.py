@@ -14,6 +14,7 @@ the set does: min(people who gave it / 3, 1).
 import collections
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +23,6 @@ from mmjax.data.annotations import Annotations
 from mmjax.data.document import BadDocument, Document, Image
 from mmjax.data.folder import Folder
 from mmjax.data.layouts import branches
-from mmjax.data.source import split_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Vqa2(Annotations):
   test_share: float = 0.0
 
   def sets(self) -> list[tuple[str, ...]]:
-    both = self.files.split(',')
+    both = _both(self.files)
     if len(both) != 2:
       raise ValueError(
         f'source vqa2: {self.files!r} should read QUESTIONS.json,ANNOTATIONS.json'
@@ -62,10 +62,7 @@ class Vqa2(Annotations):
     return list(zip(questions, annotations))
 
   def name(self, file: str) -> str:
-    return paths.relative(file, self.files.split(',')[0])
-
-  def home(self, file: str) -> str:
-    return self.split or split_of(file)
+    return paths.relative(file, _both(self.files)[0])
 
   @staticmethod
   def entries(*trees: Any) -> list[Any]:
@@ -110,6 +107,10 @@ class Vqa2(Annotations):
       'answers': [json.dumps(ten, ensure_ascii=False) for _, _, _, ten in turns],
     }
     yield Document(tuple(branches([Image(content)], pairs)), name, meta)
+
+
+def _both(files: str) -> list[str]:
+  return re.split(r',(?![^{}]*})', files)  # not at commas in braces
 
 
 def _read(folder: Folder, subset: str, image: int) -> bytes:

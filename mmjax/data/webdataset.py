@@ -22,7 +22,14 @@ from mmjax.data.layouts import branches, dialogue
 from mmjax.data.source import Files, Found
 
 IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff', 'ppm', 'jp2')
-_FIELDS = ('caption', 'captions', 'text', 'conversations', 'messages')  # in a .json
+_FIELDS = (
+  'caption',
+  'captions',
+  'text',
+  'conversations',
+  'conversation',
+  'messages',
+)  # in a .json
 _NAME = re.compile(r'((?:.*/)?[^./][^./]*)\.([^/]+)')
 
 
@@ -75,11 +82,12 @@ class WebDataset(Files):
         yield name, self._document(sample, name)
 
     for path, content in members(piece, self.max_bytes):
-      if path is None:  # the tar ends before its end: its last sample may not be whole
-        yield None, content
+      if path is None:  # the last sample may not be whole
+        lost = f'; with it {key!a}, its last sample' if sample else ''
+        yield None, BadDocument(content.reason, content.message + lost)
         return
       parts = _NAME.fullmatch(path)
-      if parts is None or re.fullmatch('__.*__', path):
+      if parts is None:
         continue  # neither key nor extension
       if parts[1] != key:
         yield from flush()
