@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from mmjax.data import media
 from mmjax.data.document import BadDocument, Document, Image, Text
 from mmjax.data.page import Block, pieces, read_page
+from mmjax.data.source import share_of
 
 _SUFFIXES = ('.html', '.htm', '.xhtml')
 _FEW = 4  # pages that may share an image in a folder of any size
@@ -154,11 +155,6 @@ class Html:
       inside = os.path.relpath(root, common)
       found += [(os.path.normpath(f'{inside}/{page.path}'), page) for page in pages]
     return found
-
-
-def share_of(path: str) -> float:
-  """A number in [0, 1) that is as good as random, always the same for a path."""
-  return int.from_bytes(hashlib.sha256(path.encode()).digest()[:6]) / 2**48
 
 
 @dataclasses.dataclass(frozen=True)
