@@ -33,17 +33,13 @@ class Folder:
     try:
       if not self.path.endswith('.tar'):
         return paths.read(path)
-      members = _members(self.path, paths.fingerprint([self.path]))
-      place, length = members[posixpath.normpath(name)]
-      with paths.open_file(self.path) as file:
-        file.seek(place)
-        return file.read(length)
+      return paths.read(self.path, *_members(self.path)[posixpath.normpath(name)])
     except (FileNotFoundError, KeyError, IsADirectoryError, NotADirectoryError):
       raise BadDocument('missing_file', f'{name!a} is not in {self.path}') from None
 
 
 @functools.lru_cache(4)
-def _members(path: str, fingerprint: str | None) -> dict[str, tuple[int, int]]:
+def _members(path: str) -> dict[str, tuple[int, int]]:
   """(first byte, bytes) of the plain files of a tar, by name."""
   found = {}
   try:

@@ -62,10 +62,15 @@ def open_file(path: str | os.PathLike) -> BinaryIO:
   return _system(path).open(path, 'rb') if scheme(path) else open(path, 'rb')
 
 
-def read(path: str | os.PathLike) -> bytes:
-  """All bytes of a file; errors as `open_file`."""
-  with open_file(path) as file:
-    return file.read()
+def read(path: str | os.PathLike, start: int = 0, length: int | None = None) -> bytes:
+  """The bytes of a file, or `length` of them from `start`; errors as `open_file`."""
+  path = os.fspath(path)
+  if scheme(path):
+    end = None if length is None else start + length
+    return _system(path).cat_file(path, start or None, end)
+  with open(path, 'rb') as file:
+    file.seek(start)
+    return file.read(length)
 
 
 def exists(path: str | os.PathLike) -> bool:
@@ -93,9 +98,11 @@ def expand(pattern: str | os.PathLike) -> list[str]:
   thousands of shards some are missing); what can't be read is counted then.
 
   Raises:
-    ValueError: there is not one such file, or braces that stand for too many.
+    ValueError: not one such file, a folder, or braces that stand for too many.
   """
   pattern = os.fspath(pattern)
+  if is_dir(pattern):
+    raise ValueError(f'{pattern}: is a folder; name files, as in {pattern}/*')
   if exists(pattern):
     return [pattern]
   import bracex

@@ -32,6 +32,7 @@ def test_open_read_size_exists(root):
   with paths.open_file(file) as opened:
     opened.seek(4)
     assert opened.read(1) == b'a'
+  assert paths.read(file, 4, 3) == b'a.t' and paths.read(file, 6) == b'tar'
   assert paths.exists(file) and paths.exists(root)
   assert not paths.exists(f'{root}/b') and not paths.is_dir(file) and paths.is_dir(root)
   assert paths.parent(file) == f'{root}/val'
@@ -64,6 +65,8 @@ def test_patterns_that_mean_nothing(root):
   for pattern in ('no.tar', 'no*.tar', 'no-{00..99}.tar'):
     with pytest.raises(ValueError, match='no such file'):
       paths.expand(f'{root}/{pattern}')
+  with pytest.raises(ValueError, match=r'is a folder; name files, as in .*/\*'):
+    paths.expand(root)
   with pytest.raises(ValueError, match='more than 1,000,000 names'):
     paths.expand(f'{root}/{{0..9999999}}.tar')
 
