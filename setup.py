@@ -23,7 +23,9 @@ setuptools.setup(
   install_requires=[
     'absl-py',
     'array-record>=0.8',
+    'bracex>=2.4',
     'flax>=0.12',
+    'fsspec>=2024.2',
     'gguf>=0.17',
     'grain>=0.2.16',
     'jax>=0.10',
@@ -36,6 +38,7 @@ setuptools.setup(
     'optax>=0.2.8',
     'orbax-checkpoint>=0.11.30',
     'pillow>=11',
+    'pyarrow>=17',
     'safetensors>=0.8',
     'sentencepiece',
     'tensorboardX',
@@ -47,6 +50,8 @@ setuptools.setup(
     'quickstart': ['easy-vqa==1.0'],
     # Sound and video from files.
     'media': ['av>=16', 'soundfile>=0.13', 'soxr>=1'],
+    # To read gs:// and s3:// while preparing data.
+    'cloud': ['gcsfs', 's3fs'],
     'test': [
       'av>=16',
       'easy-vqa==1.0',
