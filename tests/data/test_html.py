@@ -1,6 +1,8 @@
 """Pages of HTML as interleaved documents; the folders are made here."""
 
 import io
+import os
+import pathlib
 import random
 
 import numpy as np
@@ -285,3 +287,25 @@ def test_prepares_from_the_command_line(manual, capsys):
 def test_shares_are_even():
   shares = [html.share_of(f'page{i}.html') for i in range(2000)]
   assert abs(np.mean(shares) - 0.5) < 0.03 and 0 <= min(shares) < max(shares) < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'package, pattern, pages, images',
+  [
+    ('gimp-help-en', '*', 354, 1776),
+    ('python-sklearn-doc', '*', 284, 732),
+    ('opencv-doc', '*tutorial*', 159, 757),
+    ('grass-doc', '*', 90, 380),
+    ('python-skimage-doc', '*', 62, 286),
+  ],
+)
+def test_pages_with_two_images_of_real_manuals(package, pattern, pages, images):
+  """Against a count by another parser (Beautiful Soup), without a limit on aspect."""
+  root = pathlib.Path(os.environ.get('REFDATA', '')) / 'deb' / package
+  if 'REFDATA' not in os.environ or not root.is_dir():
+    pytest.skip(f'{package} is not unpacked in $REFDATA/deb (apt-get download {package})')
+  read = html.read_folder(root, pattern, Html(str(root), max_aspect=1e9))
+  shown = [{b.value for b in page.blocks if b.kind == 'image'} for page in read]
+  assert sum(len(one) >= 2 for one in shown) == pages
+  assert len(set().union(*shown)) == images
