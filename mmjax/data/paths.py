@@ -161,20 +161,29 @@ def absolute(path: str | os.PathLike) -> str:
   return path if scheme(path) else os.path.abspath(path)
 
 
+def inner(name: str) -> str:
+  """A name below some folder, without '.' and '..'.
+
+  Raises:
+    BadDocument: 'path_outside' for an absolute one, or one that leads out.
+  """
+  plain = posixpath.normpath(name)
+  if '\0' in name or name.startswith('/') or plain.split('/')[0] == '..':
+    raise BadDocument('path_outside', f'{name!a} leaves the folder')
+  return plain
+
+
 def inside(folder: str | os.PathLike, name: str) -> str:
   """The path of the file `name` of a folder, from which it must not lead out.
 
   Raises:
-    BadDocument: 'image_remote' for a URL, 'path_outside' for an absolute path, one
-      with '..' that leaves the folder, or (on a disk) a link that does.
+    BadDocument: 'image_remote' for a URL; 'path_outside' as `inner`, and (on a disk)
+      for a link that leads out.
   """
   folder = os.fspath(folder)
   if re.match(r'\w[\w+.-]*://|//|data:', name):
     raise BadDocument('image_remote', name[:80])
-  whole = posixpath.normpath(name)
-  if '\0' in name or name.startswith('/') or whole.split('/')[0] == '..':
-    raise BadDocument('path_outside', f'{name!a} leaves the folder')
-  path = f'{folder.rstrip("/")}/{whole}' if folder != '/' else f'/{whole}'
+  path = posixpath.join(folder, inner(name))
   if not scheme(folder):
     root = os.path.realpath(folder)
     if os.path.commonpath([root, os.path.realpath(path)]) != root:

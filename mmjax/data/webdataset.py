@@ -173,7 +173,7 @@ def members(
           if member.isdir():
             continue
           try:
-            paths.inside('.', member.name)
+            paths.inner(member.name)
             if not member.isreg() or member.issparse():
               raise BadDocument('not_a_file', 'a link, a device or a file with holes')
             if member.size > max_bytes:
