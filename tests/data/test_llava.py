@@ -170,6 +170,15 @@ def test_prepares(folder):
   assert meta['dropped_first']['image_marks'] == 'x.json#1: 0 marks for 1 images'
 
 
+def test_an_index_beyond_the_images_is_counted():
+  turn = {'role': 'user', 'content': [{'type': 'image', 'index': 1}]}
+  with pytest.raises(BadDocument, match='image_marks'):
+    dialogue([turn], ['a'], str.encode)
+  turn['content'][0]['index'] = 0
+  spans, _ = dialogue([turn], ['a'], str.encode)
+  assert [s.content for s in spans] == [b'a']
+
+
 def test_spans_of_layouts():
   spans = branches([], [('', 'a'), ('q', 'b')])
   assert [(s.text, s.branch) for s in spans] == [('a', 0), ('q', 0), (' b', 0)]

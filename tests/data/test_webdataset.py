@@ -190,6 +190,9 @@ def test_splits_by_name_option_and_share(shards):
   assert len(sources.build(spec).pieces(['val'])) == 1
   assert {s for s, _ in found(spec, splits=['val'])[0].values()} == {'val'}
   assert {s for s, _ in found(spec, split='one')[0].values()} == {'one'}
+  # Of training alone a share is held out.
+  held = found(spec, test_share=1.0)[0]
+  assert [s for s, _ in held.values()].count('val') == 10
   held = found(f'webdataset:{shards}/cc-train-0.tar', test_share=0.3)[0]
   test = {k for k, (s, _) in held.items() if s == 'test'}
   assert 0 < len(test) < 10
