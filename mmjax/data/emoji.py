@@ -15,19 +15,23 @@ here; this puts them under data/npm/node_modules:
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from mmjax.data.document import BadDocument, Document, Image, Text
+from mmjax.data.source import Record, Source, parse_range, ranges
 from mmjax.names import closest
 
 VENDORS = {'train': 'twitter', 'test': 'google'}  # by split
 NAMES = 'emojibase-data'
+_PIECE = 128  # emoji, with their skin tones
 
 
 @dataclasses.dataclass(frozen=True)
-class Emoji:
+class Emoji(Source):
   """The emoji that both vendors draw and that have a name.
 
   directory: where the packages are.
@@ -49,43 +53,36 @@ class Emoji:
       return None
     return 'emoji ' + ' '.join(map(str, versions))
 
-  def total(self, splits: Sequence[str] | None = None) -> int | None:
-    """How many records: known only when they are read."""
-    return None
-
-  def records(
-    self, splits: Sequence[str] | None = None
-  ) -> Iterator[tuple[str, Document | BadDocument]]:
-    """Documents of the named splits, or of both.
-
-    Raises:
-      ValueError: a package that isn't there or can't be read, or no such language.
-    """
-    names = self._names()
+  def pieces(self, splits: Sequence[str] | None = None) -> Sequence[str]:
+    names = self._names
     if self.language not in names:
       raise ValueError(
         f'source emoji: no language {self.language!r}{closest(self.language, names)}'
       )
-    for split, package in self._sets().items():
-      if splits is not None and split not in splits:
-        continue
-      folder = self._package(package)
-      pictures = folder / 'img' / VENDORS[split] / '64'
-      for entry in _json(folder / 'emoji.json'):
-        for one in (entry, *entry.get('skin_variations', {}).values()):
-          code = one['unified']
-          name = names[self.language].get(_key(code))
-          if not name or not one.get(f'has_img_{VENDORS[split]}', True):
-            continue
-          meta = {
-            'label': entry['subcategory'].replace('-', ' '),
-            'category': entry['category'],
-            'emoji': ''.join(chr(int(part, 16)) for part in code.split('-')),
-          }
-          meta |= {
-            f'name/{k}': n[_key(code)] for k, n in names.items() if _key(code) in n
-          }
-          yield split, _document(pictures / one['image'], name, f'{split}/{code}', meta)
+    return [
+      piece
+      for split in self._sets()
+      if splits is None or split in splits
+      for piece in ranges(split, len(self._entries(split)), _PIECE)
+    ]
+
+  def read(self, piece: str, splits: Sequence[str] | None = None) -> Iterator[Record]:
+    split, start, end = parse_range(piece)
+    names = self._names
+    pictures = self._package(self._sets()[split]) / 'img' / VENDORS[split] / '64'
+    for entry in self._entries(split)[start:end]:
+      for one in (entry, *entry.get('skin_variations', {}).values()):
+        code = one['unified']
+        name = names[self.language].get(_key(code))
+        if not name or not one.get(f'has_img_{VENDORS[split]}', True):
+          continue
+        meta = {
+          'label': entry['subcategory'].replace('-', ' '),
+          'category': entry['category'],
+          'emoji': ''.join(chr(int(part, 16)) for part in code.split('-')),
+        }
+        meta |= {f'name/{k}': n[_key(code)] for k, n in names.items() if _key(code) in n}
+        yield split, _document(pictures / one['image'], name, f'{split}/{code}', meta)
 
   def _sets(self) -> dict[str, str]:
     return {split: f'emoji-datasource-{vendor}' for split, vendor in VENDORS.items()}
@@ -106,6 +103,10 @@ class Emoji:
       f'source emoji: no package {name} in {root}; npm install --prefix {root} {name}'
     )
 
+  def _entries(self, split: str) -> list[dict[str, Any]]:
+    return _json(self._package(self._sets()[split]) / 'emoji.json')
+
+  @functools.cached_property
   def _names(self) -> dict[str, dict[str, str]]:
     """By language: from an emoji's code to its name."""
     names = {}

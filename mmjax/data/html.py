@@ -25,15 +25,17 @@ from collections.abc import Iterator, Sequence
 
 from mmjax.data import media
 from mmjax.data.document import BadDocument, Document, Image, Text
-from mmjax.data.page import Block, pieces, read_page
-from mmjax.data.source import share_of
+from mmjax.data.page import Block, read_page
+from mmjax.data.page import pieces as cut_page
+from mmjax.data.source import Record, Source, parse_range, ranges, share_of
 
 _SUFFIXES = ('.html', '.htm', '.xhtml')
 _FEW = 4  # pages that may share an image in a folder of any size
+_PIECE = 16  # pages
 
 
 @dataclasses.dataclass(frozen=True)
-class Html:
+class Html(Source):
   """Folders of HTML pages (offline manuals, say); all text is trained.
 
   folders: one or several, 'DIR,DIR'. 'DIR:PATTERN' takes only pages whose file name
@@ -60,6 +62,11 @@ class Html:
   figures_first: bool = False
   test_share: float = 0.1
 
+  left_out = frozenset(
+    ('image_remote', 'image_small', 'image_thin', 'image_furniture', 'long_text')
+    + ('few_images', 'image_of_training')
+  )
+
   def __post_init__(self):
     for name in ('max_words', 'max_images', 'max_side'):
       value = getattr(self, name)
@@ -79,46 +86,40 @@ class Html:
       return None
     return found.hexdigest()
 
-  def total(self, splits: Sequence[str] | None = None) -> int | None:
-    return None
+  def pieces(self, splits: Sequence[str] | None = None) -> Sequence[str]:
+    return ranges('pages', len(self._pages), _PIECE)
 
-  def records(
-    self, splits: Sequence[str] | None = None
-  ) -> Iterator[tuple[str, Document | BadDocument]]:
-    """Pieces page by page, in the order of the pages' paths.
+  def read(self, piece: str, splits: Sequence[str] | None = None) -> Iterator[Record]:
+    """Cuts some pages, in the order of the pages' paths.
 
     What was left out comes as BadDocument: 'missing_file' and 'path_outside' for pages
-    and images; 'not_html', 'image_unreadable', 'image_remote', 'image_small',
-    'image_thin', 'image_furniture', 'long_text', 'few_images'.
-
-    Raises:
-      ValueError: a folder that isn't there, or has no such page.
+    and images; 'not_html', 'image_unreadable', and those of `left_out`.
     """
-    known = {
-      digest
-      for _, page in self._pages
-      if self._split(page) == 'train'
-      for digest in page.images.values()
-    }
-    for name, page in self._pages:
+    _, start, end = parse_range(piece)
+    for name, page in self._pages[start:end]:
       split = self._split(page)
       if splits is not None and split not in splits:
         continue
       for error in page.bad:
         yield split, error
-      cut = list(pieces(page.blocks, self.max_words, self.max_images))
-      for k, piece in enumerate(cut):
+      for k, part in enumerate(cut_page(page.blocks, self.max_words, self.max_images)):
         where = f'{name}#{k}'
-        long = [b for b in piece if b.words > self.max_words]
+        long = [b for b in part if b.words > self.max_words]
         if long:
           error = BadDocument('long_text', f'{where}: {long[0].words} words in one')
           yield split, error
-        elif sum(b.kind == 'image' for b in piece) < self.min_images:
+        elif sum(b.kind == 'image' for b in part) < self.min_images:
           yield split, BadDocument('few_images', where)
-        elif split == 'test' and known & {page.images.get(b.value) for b in piece}:
+        elif split == 'test' and self._known & {page.images.get(b.value) for b in part}:
           yield split, BadDocument('image_of_training', where)
         else:
-          yield split, Document(self._spans(piece), where)
+          yield split, Document(self._spans(part), where)
+
+  @functools.cached_property
+  def _known(self) -> set[str]:
+    """Digests of the images of training pages."""
+    training = (page for _, page in self._pages if self._split(page) == 'train')
+    return {digest for page in training for digest in page.images.values()}
 
   def _split(self, page: 'Page') -> str:
     return 'test' if share_of(page.path) < self.test_share else 'train'

@@ -1,17 +1,24 @@
-"""What sources of files have in common: pieces that are read one by one, and splits.
+"""What a source of documents is: names of pieces, and the records of each.
+
+  pieces()                 'train 0:512'    'train 512:1024'    'test 0:300'
+  read('train 512:1024')   ('train', Document), ('train', BadDocument), ...
+
+A piece (a tar, a range of rows or bytes, some pages) is read on its own, so pieces are
+read side by side by processes, and those that are done aren't read again after a kill.
+The records of a source are its pieces', one piece after the other. Of sources of files
 
   webdataset:gs://b/{train,val}-*.tar     pieces: each tar       splits: train, val
   parquet:data/*.parquet                  pieces: each row group
 
-A piece is a unit that can be read alone, by any process, and gives the same records each
-time. A file's split stands in its name, or is told; of the training split a share may be
-held out, by a hash of each document's id, as 'test'.
+a file's split stands in its name, or is told; of the training split a share may be held
+out, by a hash of each document's id, as 'test'.
 """
 
 import hashlib
 import posixpath
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar
 
 from mmjax.data import paths
 from mmjax.data.document import BadDocument, Document
@@ -49,20 +56,63 @@ def split_of(path: str) -> str:
 
 
 class Source:
-  """All records are those of the pieces, one piece after the other."""
+  """Base of sources, which are frozen dataclasses, so that they go to processes.
+
+  The first field is the argument of the spec NAME:ARGUMENT, the others are options.
+
+  left_out: reasons under which a source leaves something out because it was asked to,
+    not because it is damaged.
+  """
+
+  left_out: ClassVar[frozenset[str]] = frozenset()
+
+  def fingerprint(self) -> str | None:
+    """What the data is made from, to notice when that changes; None = unknown."""
+    return None
 
   def total(self, splits: Sequence[str] | None = None) -> int | None:
     """How many records those splits have, where that is known beforehand."""
     return None
 
-  def records(self, splits: Sequence[str] | None = None) -> Iterator[Record]:
-    """Documents of the named splits, or of all, and what can't become one.
+  def pieces(self, splits: Sequence[str] | None = None) -> Sequence[str]:
+    """Names of the pieces, in order; the same for equal data.
 
     Raises:
       ValueError: the source can't be read at all.
     """
+    raise NotImplementedError
+
+  def read(self, piece: str, splits: Sequence[str] | None = None) -> Iterator[Record]:
+    """The records of a piece that are of the named splits, or all.
+
+    What can't become a document comes as (split, BadDocument), to be counted.
+
+    Raises:
+      ValueError, OSError: the piece can't be read.
+    """
+    raise NotImplementedError
+
+  def records(self, splits: Sequence[str] | None = None) -> Iterator[Record]:
+    """The records of all pieces, one after the other."""
     for piece in self.pieces(splits):
       yield from self.read(piece, splits)
+
+
+def ranges(name: str, total: int, size: int) -> list[str]:
+  """'NAME 0:512', 'NAME 512:1024', ...: pieces of `size` out of `total` records."""
+  return [f'{name} {i}:{min(i + size, total)}' for i in range(0, total, size)]
+
+
+def parse_range(piece: str) -> tuple[str, int, int]:
+  """(name, start, end) of a name of `ranges`.
+
+  Raises:
+    ValueError: it is none.
+  """
+  match = re.fullmatch(r'(.*) (\d+):(\d+)', piece, re.DOTALL)
+  if match is None:
+    raise ValueError(f'{piece!r} is no piece of this source')
+  return match[1], int(match[2]), int(match[3])
 
 
 class Files(Source):
