@@ -1,17 +1,19 @@
 """Writes prepared datasets (see `store`), whole or not at all.
 
-A dataset is written in `.NAME.partial` beside its place, synced, and renamed at
-the end: half of one is never seen. A lock on that directory makes a second
-writer of the same dataset wait, and tells what a killed one left behind.
+A dataset is written in `.NAME.partial/new` beside its place, synced, and renamed at
+the end: half of one is never seen. A lock on `.NAME.partial` makes a second writer of
+the same dataset wait; what a killed one left there goes, or is gone on with.
 """
 
 import collections
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,9 @@ import numpy as np
 from mmjax.data import document as document_lib
 from mmjax.data import media
 from mmjax.data.document import KINDS, BadDocument, Document
-from mmjax.data.store import VERSION
+from mmjax.data.store import VERSION, Index
+
+SHARD_BYTES = 2**28
 
 
 def measure(document: Document, tokenizer, max_pixels: int = media.MAX_PIXELS):
@@ -59,6 +63,145 @@ class InUse(ValueError):
   """There is something already where a dataset should be written."""
 
 
+class Place:
+  """A dataset's directory in the making; use as a context.
+
+  Nothing is seen at `path` before `finish`. What is made stands in `self.new`, what
+  shall outlive a kill beside it in `self.partial`, which leaving removes, unless
+  `self.keep` is set.
+
+  Raises:
+    InUse: the directory isn't empty. If another process is just writing it,
+      entering waits for that one first.
+  """
+
+  def __init__(self, path: str | os.PathLike):
+    self.path = pathlib.Path(path)
+    self.partial = self.path.absolute().with_name(f'.{self.path.name}.partial')
+    self.new = self.partial / 'new'
+    self.keep = False
+    self._check_free()
+
+  def _check_free(self):
+    if self.path.exists() and (self.path.is_file() or any(self.path.iterdir())):
+      raise InUse(f'{self.path} is there already; remove it or choose another')
+
+  def __enter__(self):
+    self._lock = _lock(self.partial)
+    try:
+      self._check_free()
+      self.clear('new')
+      self.new.mkdir()
+    except BaseException:
+      self.__exit__()
+      raise
+    return self
+
+  def clear(self, *names: str):
+    """Removes what a killed writer left under these names."""
+    for name in names:
+      left = self.partial / name
+      shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+  def finish(self, meta: dict[str, Any], splits: Iterable[str]):
+    """Puts `new` at its place, with its meta.json."""
+    with open(self.new / 'meta.json', 'w') as file:
+      json.dump({'version': VERSION, **meta}, file, indent=2)
+      file.flush()
+      os.fsync(file.fileno())
+    for directory in (*(self.new / name for name in splits), self.new):
+      _sync(directory)
+    self._check_free()
+    os.replace(self.new, self.path)
+    _sync(self.path.parent)
+    self.keep = False
+
+  def __exit__(self, *error):
+    if not self.keep:
+      shutil.rmtree(self.partial, ignore_errors=True)
+    os.close(self._lock)
+
+
+class Part:
+  """Documents written into a directory that is made for them, split by split.
+
+  Args:
+    directory: must not exist.
+    tokenizer: used for the sidecar.
+    max_pixels: images above it are refused.
+    shard_bytes: a new file is begun after so many bytes.
+  """
+
+  def __init__(
+    self,
+    directory: pathlib.Path,
+    tokenizer,
+    max_pixels: int = media.MAX_PIXELS,
+    shard_bytes: int = SHARD_BYTES,
+  ):
+    directory.mkdir(exist_ok=True)
+    self._directory = directory
+    self._tokenizer = tokenizer
+    self._max_pixels = max_pixels
+    self._shard_bytes = shard_bytes
+    self._splits = {}
+    self.drops = Tally()
+
+  def add(self, split: str, document: Document):
+    """Adds a document.
+
+    Raises:
+      BadDocument: it can't be used; nothing was written.
+      ValueError: the split's name is no plain file name.
+    """
+    lengths = measure(document, self._tokenizer, self._max_pixels)
+    record = document_lib.encode(document)
+    if split not in self._splits:
+      if split in ('', '.', '..') or pathlib.PurePath(split).name != split:
+        raise ValueError(f'split {split!r} is no plain name')
+      directory = self._directory / split
+      self._splits[split] = SplitWriter(directory, self._shard_bytes)
+    self._splits[split].add(record, len(document.spans), lengths)
+
+  def close(self) -> dict[str, dict[str, Any]]:
+    """By split: documents, spans, items of each kind, tokens, targets, shards."""
+    done = {}
+    for name, split in self._splits.items():
+      shards = split.close()
+      save_index(self._directory / name, split.index())
+      done[name] = {**split.counts, 'shards': shards}
+    return done
+
+  def abandon(self):
+    """Closes what an error left open."""
+    for split in self._splits.values():
+      split.abandon()
+
+
+class Tally:
+  """How many there are by reason, and the first message of each."""
+
+  def __init__(self, tree: dict[str, list] | None = None):
+    self.tree = {reason: list(entry) for reason, entry in (tree or {}).items()}
+
+  def add(self, error: BadDocument, name: str = ''):
+    message = f'{name}: {error.message}' if name else error.message
+    self.tree.setdefault(error.reason, [0, message])[0] += 1
+
+  def merge(self, tree: dict[str, list]):
+    """Adds those of another, which come after these."""
+    for reason, (n, message) in tree.items():
+      self.tree.setdefault(reason, [0, message])[0] += n
+
+  @property
+  def counts(self) -> dict[str, int]:
+    return {reason: n for reason, (n, _) in sorted(self.tree.items())}
+
+  @property
+  def first(self) -> dict[str, str]:
+    return {reason: message for reason, (_, message) in sorted(self.tree.items())}
+
+
 class Writer:
   """Writes a dataset; use as a context. Nothing is seen at `path` before its end.
 
@@ -73,8 +216,7 @@ class Writer:
     shard_bytes: a new file is begun after so many bytes.
 
   Raises:
-    InUse: the directory isn't empty. If another process is just writing it,
-      entering waits for that one first.
+    InUse: see `Place`.
     OSError: the disk is full; nothing is left behind.
   """
 
@@ -85,98 +227,59 @@ class Writer:
     info: dict[str, Any] | None = None,
     *,
     max_pixels: int = media.MAX_PIXELS,
-    shard_bytes: int = 2**28,
+    shard_bytes: int = SHARD_BYTES,
   ):
-    self.path = pathlib.Path(path)
-    self._check_free()
+    self._place = Place(path)
     self._tokenizer = tokenizer
     self._info = dict(info or {})
-    self._max_pixels = max_pixels
-    self._shard_bytes = shard_bytes
-    self._splits = {}
-    self._dropped = {}  # reason: [count, first message]
-
-  def _check_free(self):
-    if self.path.exists() and (self.path.is_file() or any(self.path.iterdir())):
-      raise InUse(f'{self.path} is there already; remove it or choose another')
+    self._limits = (max_pixels, shard_bytes)
 
   def __enter__(self):
-    self._partial = self.path.absolute().with_name(f'.{self.path.name}.partial')
-    self._lock = _lock(self._partial)
-    try:
-      self._check_free()
-      for left in self._partial.iterdir():  # by a writer that was killed
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
-    except BaseException:
-      self._leave()
-      raise
+    self._place.__enter__()
+    self._place.clear(*(p.name for p in self._place.partial.iterdir() if p.name != 'new'))
+    self._part = Part(self._place.new, self._tokenizer, *self._limits)
     return self
 
-  def _leave(self):
-    shutil.rmtree(self._partial, ignore_errors=True)
-    os.close(self._lock)
-
   def add(self, split: str, document: Document):
-    """Adds a document.
-
-    Raises:
-      BadDocument: it can't be used; nothing was written.
-      ValueError: the split's name is no plain file name.
-    """
-    lengths = measure(document, self._tokenizer, self._max_pixels)
-    record = document_lib.encode(document)
-    if split not in self._splits:
-      if split in ('', '.', '..') or pathlib.PurePath(split).name != split:
-        raise ValueError(f'split {split!r} is no plain name')
-      self._splits[split] = _SplitWriter(self._partial / split, self._shard_bytes)
-    self._splits[split].add(record, document, lengths)
+    """Adds a document; raises as `Part.add` does."""
+    self._part.add(split, document)
 
   def drop(self, error: BadDocument, name: str = ''):
     """Counts a document that was left out; keeps the first message per reason."""
-    message = f'{name}: {error.message}' if name else error.message
-    self._dropped.setdefault(error.reason, [0, message])[0] += 1
-
-  @property
-  def dropped(self) -> dict[str, int]:
-    """How many documents were left out, by reason."""
-    return {reason: n for reason, (n, _) in sorted(self._dropped.items())}
-
-  @property
-  def counts(self) -> dict[str, dict[str, int]]:
-    """By split: documents, spans, items of each kind, tokens, targets."""
-    return {name: dict(split.counts) for name, split in self._splits.items()}
+    self._part.drops.add(error, name)
 
   def __exit__(self, kind, error, traceback):
     try:
       if kind is None:
-        self._finish({name: split.close() for name, split in self._splits.items()})
+        finish(self._place, self._tokenizer, self._info, self._part.close(),
+               self._part.drops)  # fmt: skip
     finally:
-      for split in self._splits.values():
-        split.abandon()
-      self._leave()
-
-  def _finish(self, splits):
-    self._tokenizer.save(self._partial)
-    meta = {
-      'version': VERSION,
-      **self._info,
-      'tokenizer_hash': self._tokenizer.hash,
-      'splits': splits,
-      'dropped': self.dropped,
-      'dropped_first': {reason: first for reason, (_, first) in self._dropped.items()},
-    }
-    with open(self._partial / 'meta.json', 'w') as file:
-      json.dump(meta, file, indent=2)
-      file.flush()
-      os.fsync(file.fileno())
-    for directory in (*(self._partial / name for name in splits), self._partial):
-      _sync(directory)
-    self._check_free()
-    os.replace(self._partial, self.path)
-    _sync(self.path.parent)
+      self._part.abandon()
+      self._place.__exit__()
 
 
-class _SplitWriter:
+def finish(
+  place: Place,
+  tokenizer,
+  info: dict[str, Any],
+  splits: dict[str, dict[str, Any]],
+  drops: Tally,
+):
+  """Completes the dataset in `place.new` and puts it where it belongs."""
+  tokenizer.save(place.new)
+  meta = {
+    **info,
+    'tokenizer_hash': tokenizer.hash,
+    'splits': splits,
+    'dropped': drops.counts,
+    'dropped_first': drops.first,
+  }
+  place.finish(meta, splits)
+
+
+class SplitWriter:
+  """Records and their lengths, in files of a directory that is made for them."""
+
   def __init__(self, directory: pathlib.Path, shard_bytes: int):
     directory.mkdir()
     self._directory = directory
@@ -187,7 +290,8 @@ class _SplitWriter:
     self._kinds, self._sizes = [], []
     self.counts = collections.Counter()
 
-  def add(self, record, document, lengths):
+  def add(self, record: bytes, spans: int, lengths):
+    """Adds a record of so many spans and of lengths as by `measure`."""
     from array_record.python import array_record_module
 
     text_tokens, targets, items = lengths
@@ -208,7 +312,7 @@ class _SplitWriter:
     self._kinds += [kind for kind, _ in items]
     self._sizes += [size for _, size in items]
     self.counts['documents'] += 1
-    self.counts['spans'] += len(document.spans)
+    self.counts['spans'] += spans
     self.counts['text_tokens'] += text_tokens
     self.counts['targets'] += targets
     for kind, _ in items:
@@ -232,21 +336,29 @@ class _SplitWriter:
       with contextlib.suppress(Exception):
         self._writer.close()
 
-  def close(self) -> dict[str, Any]:
+  def close(self) -> list[dict[str, Any]]:
+    """[{file, documents, bytes}, ...], all synced."""
     if self._writer is not None:
       self._close_shard()
-    with open(self._directory / 'index.npz', 'wb') as file:
-      np.savez(
-        file,
-        text_tokens=np.array(self._text_tokens, np.int32),
-        targets=np.array(self._targets, np.int32),
-        item_offsets=np.array(self._offsets, np.int64),
-        item_kind=np.array(self._kinds, np.uint8),
-        item_size=np.array(self._sizes, np.int32).reshape(-1, 3),
-      )
-      file.flush()
-      os.fsync(file.fileno())
-    return {**self.counts, 'shards': self._shards}
+    return self._shards
+
+  def index(self) -> Index:
+    """The lengths of all that was added."""
+    return Index(
+      text_tokens=np.array(self._text_tokens, np.int32),
+      targets=np.array(self._targets, np.int32),
+      item_offsets=np.array(self._offsets, np.int64),
+      item_kind=np.array(self._kinds, np.uint8),
+      item_size=np.array(self._sizes, np.int32).reshape(-1, 3),
+    )
+
+
+def save_index(directory: pathlib.Path, index: Index):
+  """Writes what `store.Dataset` reads."""
+  with open(directory / 'index.npz', 'wb') as file:
+    np.savez(file, **{f.name: getattr(index, f.name) for f in dataclasses.fields(Index)})
+    file.flush()
+    os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
