@@ -162,15 +162,16 @@ class Rules:
     Raises:
       BadDocument: it is outside.
     """
-    texts = [span.text for span in document.spans if isinstance(span, Text)]
-    images = sum(isinstance(span, Image) for span in document.spans)
-    media = sum(not isinstance(span, Text) for span in document.spans)
-    words = sum(len(text.split()) for text in texts)
-    if shortened and not media:
+    self.check_counts(counts_of(document), shortened)
+
+  def check_counts(self, counts: dict[str, int], shortened: bool) -> None:
+    """The same of a document whose `counts_of` alone are known."""
+    images, words = counts['images'], counts['words']
+    if shortened and not counts['media']:
       raise BadDocument('few_images', 'all were taken out')
     for name, value in (
       ('words', words),
-      ('characters', sum(map(len, texts))),
+      ('characters', counts['characters']),
       ('images', images),
       ('words_per_image', words / images if images else None),
     ):
@@ -260,6 +261,17 @@ def can_do_without(document: Document) -> bool:
     span.branch or (isinstance(span, Text) and not span.trained)
     for span in document.spans
   )
+
+
+def counts_of(document: Document) -> dict[str, int]:
+  """Words and characters of all text, images, and media of any kind."""
+  texts = [span.text for span in document.spans if isinstance(span, Text)]
+  return {
+    'words': sum(len(text.split()) for text in texts),
+    'characters': sum(map(len, texts)),
+    'images': sum(isinstance(span, Image) for span in document.spans),
+    'media': len(document.spans) - len(texts),
+  }
 
 
 def build(options: dict[str, Any]) -> Rules:

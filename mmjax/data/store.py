@@ -100,7 +100,7 @@ class Dataset:
       if file.stat().st_size != shard['bytes']:
         raise ValueError(f'{file} has {file.stat().st_size} bytes, not {shard["bytes"]}')
       self._files.append(f'{file}[0:{shard["documents"]}]')
-    self.index = _read_index(self.path / split / 'index.npz')
+    self.index = read_index(self.path / split / 'index.npz')
     if len(self.index) != self.meta['splits'][split]['documents']:
       raise ValueError(f'{self.path / split / "index.npz"} is of other documents')
     self.tokenizer = tokenizer_lib.load(self.path)
@@ -155,7 +155,12 @@ def _open(files):
   return array_record_data_source.ArrayRecordDataSource(files)
 
 
-def _read_index(path: pathlib.Path) -> Index:
+def read_index(path: pathlib.Path) -> Index:
+  """The sidecar of a split.
+
+  Raises:
+    ValueError: it is missing or damaged.
+  """
   try:
     with np.load(path, allow_pickle=False) as arrays:
       return Index(**{f.name: arrays[f.name] for f in dataclasses.fields(Index)})

@@ -94,7 +94,8 @@ def _parallel(job, tasks, workers, done, progress, stopping):
       while free and waiting and not stopping.is_set():
         connection = free.pop()
         busy[connection] = waiting.popleft()
-        connection.send(busy[connection])
+        with contextlib.suppress(OSError):  # its process has ended: heard of below
+          connection.send(busy[connection])
       if not busy:
         break
       for connection in multiprocessing.connection.wait(list(busy), timeout=0.2):

@@ -280,8 +280,9 @@ def finish(
 class SplitWriter:
   """Records and their lengths, in files of a directory that is made for them."""
 
-  def __init__(self, directory: pathlib.Path, shard_bytes: int):
-    directory.mkdir()
+  def __init__(self, directory: pathlib.Path, shard_bytes: int, number: int = 0):
+    directory.mkdir(exist_ok=True)
+    self._number = number  # of the first file
     self._directory = directory
     self._shard_bytes = shard_bytes
     self._writer = None
@@ -296,7 +297,7 @@ class SplitWriter:
 
     text_tokens, targets, items = lengths
     if self._writer is None:
-      name = f'documents-{len(self._shards):05d}.array_record'
+      name = f'documents-{self._number + len(self._shards):05d}.array_record'
       path = str(self._directory / name)
       # One record per chunk: random access reads no more than it needs.
       self._writer = array_record_module.ArrayRecordWriter(path, 'group_size:1')

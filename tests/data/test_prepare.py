@@ -18,7 +18,8 @@ from mmjax.data import sources
 from mmjax.data.document import BadDocument, Document, Image, Text, Video
 from mmjax.data.example import to_example
 from mmjax.data.media import ImageRule, decode_image
-from mmjax.data.prepare import prepare, report
+from mmjax.data.prepare import prepare
+from mmjax.data.report import text as report
 from mmjax.data.store import Dataset
 from mmjax.data.writer import InUse
 
@@ -148,7 +149,7 @@ def test_bad_lines_are_counted_and_named(folder):
   PIL.Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(file, 'PNG')
   (folder / 'half.png').write_bytes(file.getvalue()[:1000])
   write(folder, *(line for line, _ in BAD), mode='a')
-  meta = run(folder)
+  meta = run(folder, max_dropped=1)
   want = collections.Counter(reason for _, reason in BAD if reason)
   assert meta['dropped'] == dict(sorted(want.items()))
   assert meta['splits']['train']['documents'] == 3
@@ -215,7 +216,7 @@ def test_bpe_is_trained_on_the_first_split_alone(folder):
 def test_what_is_there_is_reused_if_made_the_same_way(folder, monkeypatch):
   first = run(folder, tokenizer='bpe:300')
   before = (folder / 'out' / 'meta.json').stat().st_mtime_ns
-  monkeypatch.setattr(prepare_lib.writer_lib, 'Writer', None)
+  monkeypatch.setattr(prepare_lib.writer_lib, 'Place', None)
   assert run(folder, tokenizer='bpe:300') == first
   assert (folder / 'out' / 'meta.json').stat().st_mtime_ns == before
   source = f'jsonl:{folder / "d.jsonl"}'
