@@ -34,6 +34,7 @@ from mmjax.data.source import Source
 
 TRAINING_TEXT = 10**8  # characters that a tokenizer is trained on, at most
 _ENOUGH = 1000  # records before the share of bad ones is looked at
+_COUNT = '{desc}: {n_fmt} docs, {rate_fmt}'  # while the total isn't known
 _BAR = '{desc}: {percentage:3.0f}%|{bar}| {n_fmt} docs, {rate_fmt}, ETA {remaining}'
 
 
@@ -185,7 +186,7 @@ def _make(place, work, source, pieces, info, make_tokenizer, settings):
     total=total,
     initial=before,
     unit=' docs',
-    bar_format=_BAR,
+    bar_format=_COUNT if total is None else _BAR,
     disable=not settings.progress,
   )
 
@@ -196,6 +197,7 @@ def _make(place, work, source, pieces, info, make_tokenizer, settings):
     nonlocal records, bad, finished
     records, bad, finished = records + part['records'], bad + part['bad'], finished + 1
     if total is None:  # as many in the parts to come as in those that are done
+      bar.bar_format = _BAR
       bar.total = round(records * len(tasks) / finished)
     if records >= _ENOUGH:
       _check_share(name, records, bad, part['dropped'], settings)
