@@ -141,21 +141,33 @@ def make(
   out: str | os.PathLike,
   source: Source,
   made_from: dict[str, Any],
-  make_tokenizer: Callable[[], tokenizer_lib.Tokenizer],
+  tokenizer: tokenizer_lib.Tokenizer | Callable[[], tokenizer_lib.Tokenizer],
   settings: Settings,
 ) -> dict[str, Any]:
-  """`prepare` of a built source: made_from is what the caller knows the data by."""
+  """`prepare` of a built source.
+
+  Args:
+    made_from: what the caller knows the data by, 'source' and 'tokenizer' at least.
+    tokenizer: one, or what makes it.
+  """
   fingerprint = source.fingerprint()
   made_from = {**made_from, **settings.made_from()}
+  if not callable(tokenizer):
+    made_from['tokenizer_hash'] = tokenizer.hash
   if os.path.exists(os.path.join(out, 'meta.json')):
     return _reuse(out, made_from, fingerprint)
   pieces = list(source.pieces(settings.splits))
   info = {**made_from, 'fingerprint': fingerprint}
+  begun = {**info, 'pieces': _digest(pieces)}
+  if callable(tokenizer) and not made_from['tokenizer'].startswith('bpe:'):
+    tokenizer = tokenizer()  # to train one takes long, so that is kept for a later run
+  if not callable(tokenizer):
+    begun['tokenizer_hash'] = tokenizer.hash
   try:
     with writer_lib.Place(out) as place:
-      work = _work(place, {**info, 'pieces': _digest(pieces)})
+      work = _work(place, begun)
       try:
-        _make(place, work, source, pieces, info, make_tokenizer, settings)
+        _make(place, work, source, pieces, info, tokenizer, settings)
       except BaseException as error:
         place.keep = bool(parts_lib.done(work)) and not isinstance(error, _Nothing)
         raise
@@ -170,9 +182,10 @@ class _Nothing(ValueError):
   """Nothing usable; there is nothing to go on from."""
 
 
-def _make(place, work, source, pieces, info, make_tokenizer, settings):
+def _make(place, work, source, pieces, info, tokenizer, settings):
   name = info['source']
-  tokenizer = _tokenizer(work, make_tokenizer)
+  if callable(tokenizer):
+    tokenizer = _trained(work, tokenizer)
   tasks = parts_lib.group(pieces)
   have = [parts_lib.read_part(work, number) for number in parts_lib.done(work)]
   numbers = set(parts_lib.done(work))
@@ -248,7 +261,7 @@ def _work(place: writer_lib.Place, begun: dict[str, Any]) -> pathlib.Path:
   return work
 
 
-def _tokenizer(work, make_tokenizer) -> tokenizer_lib.Tokenizer:
+def _trained(work, make_tokenizer) -> tokenizer_lib.Tokenizer:
   """The tokenizer of an earlier run, or a new one that is kept for a later."""
   kept = work / 'tokenizer'
   if kept.exists():
@@ -397,6 +410,8 @@ def main(argv: list[str] | None = None) -> int:
   try:
     if bool(args.source) == bool(args.mixture):
       raise ValueError('name a source, or a file with --mixture')
+    if args.mixture:
+      return _main_mixture(args, given, common)
     prepare(args.source, args.out, rules=given['rules'], **common, **given['options'])
   except (ValueError, OSError, workers.WorkerError) as error:
     print(f'prepare: {" ".join(str(error).split())}', file=sys.stderr)
@@ -404,10 +419,30 @@ def main(argv: list[str] | None = None) -> int:
   except KeyboardInterrupt:
     _say('stopped; the same command goes on from here')
     return 130
-  meta = store.read_meta(args.out)
-  indexes = {s: store.Dataset(args.out, s).index for s in meta['splits']}
-  print(f'{args.out}\n{report.text(meta, indexes)}')
+  _print_report(args.out)
   return 0
+
+
+def _main_mixture(args, given, common) -> int:
+  from mmjax.data import prepare_mixture
+
+  for section, some in given.items():
+    if some:
+      name = next(iter(some))
+      raise ValueError(f'{section} of a mixture, like {name}, stand in its file')
+  mixture = prepare_mixture.read(args.mixture)
+  for name in prepare_mixture.prepare_mixture(mixture, args.out, **common):
+    _print_report(os.path.join(args.out, name))
+  return 0
+
+
+def _print_report(path):
+  meta = store.read_meta(path)
+  indexes = {
+    split: store.read_index(pathlib.Path(path) / split / 'index.npz')
+    for split in meta['splits']
+  }
+  print(f'{path}\n{report.text(meta, indexes)}')
 
 
 if __name__ == '__main__':
