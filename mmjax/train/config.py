@@ -27,8 +27,8 @@ from mmjax.sharding import RULES
 
 OPTIONAL = config_dict.placeholder
 # Sections whose keys are the fields of something else, which checks them itself.
-_OPEN = ('model', 'init', 'optim.options', 'data.options', 'data.image',
-         'data.audio', 'data.video', 'data.budget.image', 'data.budget.audio',
+_OPEN = ('model', 'init', 'optim.options', 'data.options', 'data.rules',
+         'data.image', 'data.audio', 'data.video', 'data.budget.image', 'data.budget.audio',
          'data.budget.video', 'sharding.mesh', 'sharding.rules', 'eval')  # fmt: skip
 # What a resumed run may change: nothing of it changes the parameters' way
 # (`sharding` only by rounding).
@@ -47,6 +47,7 @@ def defaults() -> ConfigDict:
         source=OPTIONAL(str),  # what mmjax.data.prepare makes `path` from
         path=OPTIONAL(str),
         options=dict(),  # of the source
+        rules=dict(),  # of the preparation: fields of mmjax.data.rules.Rules
         tokenizer='bytes',
         split='train',
         rows=8,  # rows of one step, over all devices and processes

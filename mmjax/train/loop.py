@@ -73,7 +73,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike, devices=None) -> str:
       _log.info('preparing %s in %s', config.data.source, config.data.path)
       plain = config.data.to_dict()
       prepare(
-        plain['source'], plain['path'], tokenizer=plain['tokenizer'], **plain['options']
+        plain['source'],
+        plain['path'],
+        tokenizer=plain['tokenizer'],
+        rules=plain['rules'],
+        workers=plain['workers'],
+        **plain['options'],
       )
     processes.barrier('prepared')
     dataset = Dataset(config.data.path, config.data.split)
@@ -318,7 +323,7 @@ def _keep_config(config: ConfigDict, workdir: pathlib.Path, first: bool) -> None
 
 def _refuse_other_data(config: ConfigDict, meta: dict[str, Any]) -> None:
   plain = config.data.to_dict()
-  keys = ('source', 'tokenizer', *(('options',) if plain['options'] else ()))
+  keys = ('source', 'tokenizer', *(k for k in ('options', 'rules') if plain[k]))
   for key in keys:
     if meta.get(key) not in (None, plain[key]):
       raise ValueError(
