@@ -378,7 +378,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument('--max-pixels', type=int, default=media.MAX_PIXELS)
   parser.add_argument('--max-dropped', type=float, default=0.5, metavar='SHARE',
                       help='stop if more records than that are unusable')  # fmt: skip
-  parser.add_argument('--workers', type=int, default=len(os.sched_getaffinity(0)),
+  parser.add_argument('--workers', type=int, default=os.cpu_count() or 1,
                       help='processes; 0: in this one; default: %(default)s')  # fmt: skip
   for field in dataclasses.fields(rules_lib.Rules):
     flag = f'--rules-{field.name.replace("_", "-")}'

@@ -15,7 +15,6 @@ import multiprocessing.connection
 import os
 import pathlib
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -168,11 +167,8 @@ def _interrupts() -> Iterator[threading.Event]:
     if stopping.is_set():
       raise KeyboardInterrupt
     stopping.set()
-    print(
-      '\nstopping after the pieces that are begun; Ctrl-C again: at once',
-      file=sys.stderr,
-      flush=True,
-    )
+    # Not by print, which may be what was interrupted.
+    os.write(2, b'\nstopping after the pieces that are begun; Ctrl-C again: at once\n')
 
   before = signal.signal(signal.SIGINT, hear)
   try:

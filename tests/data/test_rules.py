@@ -1,7 +1,9 @@
 """Rules: what they take out, what they drop, and the places of images."""
 
+import collections
 import dataclasses
 import io
+import json
 
 import hypothesis
 import hypothesis.strategies as st
@@ -9,9 +11,14 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from mmjax.data import report
 from mmjax.data import rules as rules_lib
 from mmjax.data.document import Audio, BadDocument, Document, Image, Text
+from mmjax.data.prepare import prepare
 from mmjax.data.rules import Rules, build
+from mmjax.data.store import Dataset
+from mmjax.data.tokenizer import ByteTokenizer
+from mmjax.data.writer import measure
 
 
 def picture(height, width, form='PNG'):
@@ -226,3 +233,87 @@ def test_every_reason_is_told_where_the_rule_is():
     assert f"'{reason}'" in Rules.__doc__, reason
   for field in dataclasses.fields(Rules):
     assert field.name in Rules.__doc__, field.name
+
+
+def test_images_seen_before_go_over_the_whole_source(tmp_path, monkeypatch):
+  """Against a loop over all documents, for parts of any size."""
+  rng = np.random.default_rng(0)
+  for i in range(12):
+    (tmp_path / f'{i}.png').write_bytes(picture(4, 4 + i).content)
+  lines, documents = [], []
+  for n in range(60):
+    chosen = rng.integers(0, 12, rng.integers(0, 4)).tolist()
+    asks = n % 5 == 0
+    spans = [{'image': f'{i}.png'} for i in chosen]
+    spans += [{'text': 'q'}] if asks else []
+    spans += [{'text': f'a{n}', 'trained': True}]
+    lines.append({'spans': spans, 'split': ['train', 'test'][n % 7 == 0]})
+    documents.append((chosen, asks, n % 9 == 0))
+    if documents[-1][2]:  # too long, so its images have not been seen
+      lines[-1]['spans'][-1]['text'] += ' b' * 9
+  (tmp_path / 'd.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+
+  seen, want, drops, taken = set(), {'train': {}, 'test': {}}, collections.Counter(), 0
+  for n, (chosen, asks, long) in enumerate(documents):
+    if long:
+      drops['many_words'] += 1
+      continue
+    stay = [i for k, i in enumerate(chosen) if i not in seen and i not in chosen[:k]]
+    if len(stay) < len(chosen):
+      if asks or not stay:
+        drops['image_repeated' if asks else 'few_images'] += 1
+        continue
+      taken += len(chosen) - len(stay)
+    seen |= set(stay)
+    want[lines[n]['split']][str(n + 1)] = [4 + i for i in stay]
+
+  for size in (7, 1000):
+    monkeypatch.setattr('mmjax.data.jsonl._LINES', size)
+    meta = prepare(
+      f'jsonl:{tmp_path / "d.jsonl"}',
+      tmp_path / f'out{size}',
+      rules={'unique_images': True, 'max_words': 5},
+      progress=False,
+    )
+    assert meta['dropped'] == dict(sorted(drops.items()))
+    assert meta['removed'] == {'image_repeated': taken} and taken > 3
+    assert meta['rules'] == {'unique_images': True, 'max_words': 5}
+    for split, kept in want.items():
+      data = Dataset(tmp_path / f'out{size}', split)
+      index, got, spans = data.index, {}, 0
+      for i in range(len(data)):
+        items = slice(index.item_offsets[i], index.item_offsets[i + 1])
+        got[data[i].id] = index.item_size[items, 2].tolist()
+        spans += len(data[i].spans)
+        lengths = measure(data[i], ByteTokenizer())
+        assert lengths[:2] == (index.text_tokens[i], index.targets[i])
+      assert got == kept
+      assert meta['splits'][split]['spans'] == spans
+  assert f'removed: {taken} image_repeated' in report.text(meta)
+
+
+def brightness(pixels, text):
+  return pixels.mean() / 255
+
+
+def test_scorers_go_to_workers_if_they_can(tmp_path):
+  for name, colour in (('white', 'white'), ('black', 'black')):
+    PIL.Image.new('RGB', (4, 4), colour).save(tmp_path / f'{name}.png')
+  with open(tmp_path / 'd.jsonl', 'w') as file:
+    for i in range(600):
+      spans = [{'image': f'{"black" if i % 100 else "white"}.png'}]
+      spans += [{'text': 'a', 'trained': True}]
+      file.write(json.dumps({'spans': spans}) + '\n')
+  source = f'jsonl:{tmp_path / "d.jsonl"}'
+  options = dict(rules={'min_similarity': 0.5}, progress=False)
+  with pytest.raises(ValueError, match="can't be sent to worker .*; choose workers=0"):
+    prepare(source, tmp_path / 'o', scorer=lambda *_: 1.0, workers=2, **options)
+  meta = prepare(source, tmp_path / 'o', scorer=brightness, workers=2, **options)
+  assert meta['splits']['train']['documents'] == 6
+  assert meta['dropped'] == {'few_images': 594}  # by the rules, so none was unusable
+  assert meta['scorer'].endswith('test_rules.brightness')
+  with pytest.raises(ValueError, match='was prepared with scorer='):
+    prepare(source, tmp_path / 'o', scorer=lambda *_: 1.0, **options)
+  for more in (dict(options), dict(scorer=brightness, progress=False)):
+    with pytest.raises(ValueError, match='min_similarity need each other'):
+      prepare(source, tmp_path / 'p', **more)
