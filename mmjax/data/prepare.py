@@ -416,7 +416,9 @@ def main(argv: list[str] | None = None) -> int:
   except (ValueError, OSError, workers.WorkerError) as error:
     print(f'prepare: {" ".join(str(error).split())}', file=sys.stderr)
     return 1
-  except KeyboardInterrupt:
+  except KeyboardInterrupt as error:
+    if not isinstance(error, workers.Stopped):
+      print(file=sys.stderr)  # behind the ^C
     _say('stopped; the same command goes on from here')
     return 130
   _print_report(args.out)

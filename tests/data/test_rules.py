@@ -238,11 +238,11 @@ def test_every_reason_is_told_where_the_rule_is():
 def test_images_seen_before_go_over_the_whole_source(tmp_path, monkeypatch):
   """Against a loop over all documents, for parts of any size."""
   rng = np.random.default_rng(0)
-  for i in range(12):
+  for i in range(40):
     (tmp_path / f'{i}.png').write_bytes(picture(4, 4 + i).content)
   lines, documents = [], []
   for n in range(60):
-    chosen = rng.integers(0, 12, rng.integers(0, 4)).tolist()
+    chosen = rng.integers(0, 40, rng.integers(0, 4)).tolist()
     asks = n % 5 == 0
     spans = [{'image': f'{i}.png'} for i in chosen]
     spans += [{'text': 'q'}] if asks else []
