@@ -136,8 +136,10 @@ class Rules:
     Raises:
       BadDocument: the document is dropped; also 'not_image' and others of `media`.
     """
-    document, out = self.take_out(document, self._wrong_spans(document, scorer))
-    self.check(document, bool(out))
+    wrong = self._wrong_spans(document, scorer)
+    had_images = any(isinstance(document.spans[i], Image) for i in wrong)
+    document, out = self.take_out(document, wrong)
+    self.check(document, had_images)
     return self._place(document), out
 
   def take_out(
@@ -157,7 +159,7 @@ class Rules:
     return dataclasses.replace(document, spans=spans), out
 
   def check(self, document: Document, shortened: bool) -> None:
-    """Asks the limits of a document.
+    """Asks the limits of a document; shortened: images were taken out of it.
 
     Raises:
       BadDocument: it is outside.

@@ -123,6 +123,7 @@ def test_text_spans_outside_are_taken_out_of_pages():
   kept, out = rules.apply(page('a b', image, 'share', 'a b c', 'a b c d'))
   assert reasons(out) == ['short_span', 'long_span']
   assert kept.spans == (Text('a b', True), image, Text('a b c', True))
+  assert rules.apply(page('a b', 'b', 'a b c'))[0] == page('a b', 'a b c')  # no images
   # The document's own limits are asked afterwards.
   assert dropped(rules, page('a b', image, 'x y z w', 'v')) == 'few_words'
   asks = Document((image, Text('what is it?'), Text('cat', True)), 'q')
