@@ -65,7 +65,10 @@ def test_picture_has_a_row_for_each_split(tmp_path):
   one = index([100, 200], [[64], [30]])
   report.draw(tmp_path / 'a.png', {'train': one})
   report.draw(tmp_path / 'b.png', {'train': one, 'test': index([1], [[]])})
-  (wide, high), (wide2, high2) = (
-    PIL.Image.open(tmp_path / name).size for name in ('a.png', 'b.png')
-  )
-  assert (wide, 2 * high) == (wide2, high2)
+  wide, high = size(tmp_path / 'a.png')
+  assert size(tmp_path / 'b.png') == (wide, 2 * high)
+
+
+def size(path):
+  with PIL.Image.open(path) as image:
+    return image.size
