@@ -358,7 +358,7 @@ class TinyPairs(tfds.core.GeneratorBasedBuilder):
       yield i, {'image': png(), 'images': [png() for _ in range(i)], 'label': i % 2,
                 'question': f'what is {i}?', 'answers': ['a', 'b'][:i]}
 
-where = ['--tfds-data-dir', sys.argv[1]]
+where = ['--tfds-data-dir', sys.argv[1], '--workers=0']
 for name, args in {
   'labels': ['--tfds-prompt=question', '--tfds-text=label'],
   'several': ['--tfds-image=images', '--tfds-text=answers', '--splits=train'],
