@@ -363,7 +363,7 @@ for name, args in {
   'labels': ['--tfds-prompt=question', '--tfds-text=label'],
   'several': ['--tfds-image=images', '--tfds-text=answers', '--splits=train'],
   'none': ['--tfds-text=caption'],
-  'uneven': ['--tfds-prompt=question', '--tfds-text=answers'],
+  'uneven': ['--tfds-prompt=question', '--tfds-text=answers', '--max-dropped=1'],
 }.items():
   print(name, prepare.main(['tfds:tiny_pairs', '--out', f'{sys.argv[1]}/{name}',
                             *where, *args]))
