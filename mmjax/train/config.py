@@ -27,8 +27,8 @@ from mmjax.sharding import RULES
 
 OPTIONAL = config_dict.placeholder
 # Sections whose keys are the fields of something else, which checks them itself.
-_OPEN = ('model', 'init', 'optim.options', 'data.options', 'data.rules',
-         'data.image', 'data.audio', 'data.video', 'data.budget.image', 'data.budget.audio',
+_OPEN = ('model', 'init', 'optim.options', 'data.options', 'data.rules', 'data.image',
+         'data.audio', 'data.video', 'data.budget.image', 'data.budget.audio',
          'data.budget.video', 'sharding.mesh', 'sharding.rules', 'eval')  # fmt: skip
 # What a resumed run may change: nothing of it changes the parameters' way
 # (`sharding` only by rounding).
