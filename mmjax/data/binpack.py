@@ -1,155 +1,181 @@
 """Bin packing of vectors: needs of several resources into rows of a fixed room.
 
-types   equal vectors are one type, nearly equal ones are made equal, so that
-        ten million documents are a few thousand types with counts
-pack    best fit decreasing (Garey et al. 1976) over types: a row starts with
-        the largest left, goes on with the largest that fits, and is closed by
-        the one or two that leave the least over
+strata  documents laid in a line, alike beside alike, and cut into groups so that
+        what the largest of a group needs is hardly more than what all of it needs:
+        a tree of halves, each along the resource that costs most (k-d tree)
+pack    a row starts with the largest left, goes on with what is shaped like the
+        room that is left (Panigrahy et al. 2011, "Heuristics for vector bin
+        packing"), and is closed by the one or two that leave the least over
 
 room 10, needs 6 6 5 4 3 3 3 1  ->  [6 4] [6 3 1] [5 3] [3]
+
+All of it counts in integers, so that every machine finds the same rows.
 """
+
+from fractions import Fraction
 
 import numpy as np
 
-# The most types there may be, for few and for many documents: packing takes time
-# in their square, and a second for the first of these.
-_MAX_TYPES = (4096, 16384)
-_DOCUMENTS_PER_TYPE = 32  # if it costs nothing: then a document meets many others
-_ROUNDING = 0.004  # the loss of rows that counts as nothing
-_PAIRS = 256  # of types that are tried to close a row
+_SCALE = 1 << 20
+_NOTHING = 1024  # a loss of one part in so many is none
+_FEW, _LITTLE = 64, 24  # and in so few documents, so that each meets others, this one
+_PAIRS = (96, 384)  # of types that are tried to close a row
 
 
-def _group(vectors: np.ndarray, room: np.ndarray):
-  """(distinct vectors i64[U, K], which of them each is, i64[N]); faster than axis=0."""
-  key, span = np.zeros(len(vectors), np.int64), 1
-  for column, limit in zip(vectors.T, room.tolist()):
-    if span * (limit + 1) >= 2**62:
-      distinct, key = np.unique(key, return_inverse=True)
-      span = len(distinct)
-    key = key * (limit + 1) + column
-    span *= limit + 1
-  _, first, which = np.unique(key, return_index=True, return_inverse=True)
-  return vectors[first], which.reshape(-1)
+def prices(total: np.ndarray, room: np.ndarray) -> np.ndarray:
+  """What a slot of each resource is worth, i64[K]: much where all are wanted.
 
-
-def types(needs: np.ndarray, room: np.ndarray):
-  """Rounds needs up to not too many types: (vectors i64[U, K], type of each i64[N]).
-
-  A need keeps some number of leading bits. Bits are given up one at a time where
-  it costs the least: where a budget isn't scarce, it costs no row.
+  Args:
+    total: i64[K] what all documents need.
+    room: i64[K] of a row.
   """
-  enough = max(len(needs) // _DOCUMENTS_PER_TYPE, 1)
-  bearable = int(np.clip(8 * np.sqrt(len(needs)), *_MAX_TYPES))
-  vectors, which = _group(needs, room)
-  counts = np.bincount(which)
-  exact = _loads(vectors, counts, room)
-  bits = [int(limit).bit_length() for limit in room]
-
-  def loss(k, column):
-    """Rows lost if column k becomes this; little if k has room to spare."""
-    load = _loads(column[:, None], counts, room[k : k + 1])[0]
-    cube = (load / max(exact)) * (load / max(exact)) * (load / max(exact))
-    return (load / exact[k] - 1) * cube * cube if exact[k] else 0.0
-
-  while len(vectors) > min(enough, bearable) and max(bits) > 1:
-    now = [loss(k, column) for k, column in enumerate(vectors.T)]
-    tries = []
-    for k in np.flatnonzero(np.array(bits) > 1):
-      column = _round_up(vectors[:, k], bits[k] - 1, room[k])
-      tries.append((sum(now) - now[k] + loss(k, column), k, column))
-    total, k, column = min(tries, key=lambda t: t[:2])
-    if total > _ROUNDING and len(vectors) <= bearable:
-      break
-    vectors, bits[k] = vectors.copy(), bits[k] - 1
-    vectors[:, k] = column
-    vectors, merged = _group(vectors, room)
-    which = merged[which]
-    counts = np.bincount(which)
-  return vectors, which
+  room = [max(int(r), 1) for r in room]
+  load = [int(t) * _SCALE // r for t, r in zip(total, room)]
+  share = [1024 * one // max(*load, 1) for one in load]
+  return np.array([s * s * s // r + (s > 0) for s, r in zip(share, room)], np.int64)
 
 
-def _loads(vectors, counts, room) -> list[float]:
-  """Rows' worth of each resource. Summed as integers: the same on every machine."""
-  total = counts.astype(np.int64) @ vectors
-  return [t / max(limit, 1) for t, limit in zip(total.tolist(), room.tolist())]
+def strata(needs: np.ndarray, room: np.ndarray, stride: Fraction = Fraction(1)):
+  """Lays documents in a line and cuts it.
 
+  Args:
+    needs: int[N, K].
+    room: i64[K].
+    stride: cuts are made at multiples of it, rounded up, if it is over 1.
 
-def _round_up(x: np.ndarray, bits: int, limit: int) -> np.ndarray:
-  """x up to the next number of so many leading bits, but not beyond the limit."""
-  length = np.frexp(x.astype(np.float64))[1]  # 5 -> 3
-  grain = 1 << np.maximum(length - bits, 0).astype(np.int64)
-  return np.minimum(-(-x // grain) * grain, limit)
+  Returns:
+    (order i32[N], the documents along the line; ends i64[U], where groups end).
+  """
+  N = len(needs)
+  stride = max(Fraction(stride), Fraction(1))
+  price = prices(needs.sum(axis=0, dtype=np.int64), room).tolist()
+  priced = [k for k, p in enumerate(price) if p]
+  columns = {k: np.ascontiguousarray(needs[:, k]) for k in priced}
+  order, ends = np.arange(N, dtype=np.int32), []
+
+  def place(multiple):
+    return min(-(-multiple * stride.numerator // stride.denominator), N)
+
+  todo = [(0, -(-N * stride.denominator // stride.numerator))]
+  while todo:
+    first, last = todo.pop()
+    a, b = place(first), place(last)
+    if a == b:
+      continue
+    ids, losses, total = order[a:b], [], 0
+    for k in priced:
+      values = columns[k][ids]
+      used = int(values.sum(dtype=np.int64)) * price[k]
+      losses.append((int(values.max()) * (b - a) * price[k] - used, -k, values))
+      total += used
+    part = _LITTLE if stride == 1 and b - a <= _FEW else _NOTHING
+    if last - first <= 1 or sum(x[0] for x in losses) * part <= total:
+      ends.append(b)
+      continue
+    middle = (first + last) // 2
+    values = max(losses, key=lambda x: x[:2])[2]
+    # Not argpartition, whose order of equals may differ between machines.
+    order[a:b] = ids[np.argsort(values, kind='stable')]
+    todo += [(middle, last), (first, middle)]
+  return order, np.array(ends, np.int64)
 
 
 def pack(vectors: np.ndarray, counts: np.ndarray, room: np.ndarray):
   """Packs counts[u] documents of each type into rows: [(types of a row, how often)].
 
-  A row starts with the largest type left and goes on with the largest that fits;
-  on the way it looks for the one or two types that close the row best. The
-  result is repeated as often as the counts allow, so that the cost depends on
-  the number of types, not of documents.
+  A row is repeated as often as the counts allow, so that the cost depends on the
+  number of types.
   """
-  load = _loads(vectors, counts, room)
-  main = load.index(max(load))  # the scarcest budget
-  size = sum(load[k] / max(int(room[k]), 1) * vectors[:, k] for k in range(len(room)))
-  order = np.lexsort((size, vectors[:, main]))[::-1]  # decreasing
-  columns, left = np.ascontiguousarray(vectors[order].T), counts[order]
+  room = np.asarray(room, np.int64)
+  vectors, counts = vectors.astype(np.int64), counts.astype(np.int64)
+  price = prices(counts @ vectors, room)
+  worth = vectors * price
+  order = np.lexsort((worth.sum(axis=1), worth.max(axis=1)))[::-1]  # decreasing
+  types = _Types(vectors[order], counts[order], price)
   out = []
   while len(order):
-    pattern = _fill_row(columns, left, room, main)
-    types, times_each = np.unique(pattern, return_counts=True)
-    times = int((left[types] // times_each).min())
-    out.append((order[pattern], times))
-    left[types] -= times * times_each
-    if not left[types].all():
-      keep = np.flatnonzero(left)
-      order, columns, left = order[keep], columns[:, keep], left[keep]
+    row = _close(types, room)
+    which, each = np.unique(row, return_counts=True)
+    times = int((types.left[which] // each).min())
+    out.append((order[row], times))
+    types.left[which] -= times * each
+    if not types.left[which].all():
+      keep = types.left > 0
+      order, types = order[keep], types.only(keep)
   return out
 
 
-def _fill_row(columns, left, room, main) -> list[int]:
-  """The types of one row; `columns`, i64[K, U], decrease in resource `main`."""
-  row = _close(columns, left, room, main)
-  # What needs nothing of `main` may still fit.
-  room, left = room - columns[:, row].sum(axis=1), left.copy()
-  np.subtract.at(left, row, 1)
-  while True:
-    fits = np.flatnonzero((columns <= room[:, None]).all(axis=0) & (left > 0))
-    if not len(fits):
-      return row
-    row = [*row, fits[0]]
-    left[fits[0]] -= 1
-    room = room - columns[:, fits[0]]
+class _Types:
+  """Columns of the types that are left, largest first."""
+
+  def __init__(self, vectors, left, price):
+    self.columns = np.ascontiguousarray(vectors.T)  # i64[K, U]
+    self.left, self.price = left, price
+    self.value = price @ self.columns
+
+  def only(self, keep):
+    new = object.__new__(_Types)
+    new.columns = np.ascontiguousarray(self.columns[:, keep])
+    new.left, new.price, new.value = self.left[keep], self.price, self.value[keep]
+    return new
 
 
-def _close(columns, left, room, main) -> list[int]:
-  """The types of one row with as little left over of `main` as was found."""
+def _close(types: _Types, room: np.ndarray) -> list[int]:
+  """The types of one row with as little left over as was found."""
+  columns, left, value = types.columns, types.left, types.value
   row, room = [0], room - columns[:, 0]
-  best, least = row, room[main]
   fits = np.arange(len(left))
+  best, least = row, int(types.price @ room)
   while True:
+    free = int(types.price @ room)
+    if free < least:
+      best, least = row, free
     if row.count(row[-1]) == left[row[-1]]:
       fits = fits[fits != row[-1]]
-    fits = fits[(columns[:, fits] <= room[:, None]).all(axis=0)]
+    for column, limit in zip(columns, room):
+      fits = fits[column[fits] <= limit]
     if not len(fits):
-      return best
-    lengths, free = columns[main, fits], int(room[main])
-    closing = [(free - lengths[0], row + [fits[0]])]
-    # One that fits, and the largest (by `main`) that fits beside it.
-    a = fits[:: -(-len(fits) // _PAIRS)]
-    second = len(fits) - np.searchsorted(lengths[::-1], free - columns[main, a], 'right')
-    a, b = a[second < len(fits)], fits[second[second < len(fits)]]
-    ok = (columns[:, a] + columns[:, b] <= room[:, None]).all(axis=0)
-    ok &= (a != b) | (left[a] >= 2 + (a == row[-1]) * row.count(row[-1]))
-    if ok.any():
-      a, b = a[ok], b[ok]
-      slack = free - columns[main, a] - columns[main, b]
-      i = slack.argmin()
-      closing.append((slack[i], row + [a[i], b[i]]))
-    for slack, closed in closing:
-      if slack < least:
-        best, least = closed, slack
+      return best if len(best) >= len(row) or least < free else row
+    values = value[fits]
+    one = int(values.argmax())
+    if free - int(values[one]) < least:
+      best, least = [*row, int(fits[one])], free - int(values[one])
+    if 4 * int(values[one]) >= free:
+      pair, over = _pair(types, fits, room, row, free - least)
+      if pair:
+        best, least = row + pair, free - over
     if least == 0:
-      return best
-    row.append(fits[0])
-    room = room - columns[:, fits[0]]
+      return _fill_up(types, best, room - columns[:, best[len(row) :]].sum(axis=1))
+    # What is left over of a resource says how much of it the next should need.
+    shape = room * types.price >> 8
+    aligned = sum(s * p * c[fits] for s, p, c in zip(shape, types.price, columns))
+    row = [*row, int(fits[aligned.argmax()])]
+    room = room - columns[:, row[-1]]
+
+
+def _fill_up(types, row, room):
+  """What costs nothing may still fit in."""
+  left = types.left.copy()
+  np.subtract.at(left, row, 1)
+  while True:
+    fits = np.flatnonzero((types.columns <= room[:, None]).all(axis=0) & (left > 0))
+    if not len(fits):
+      return row
+    row = [*row, int(fits[0])]
+    left[fits[0]] -= 1
+    room = room - types.columns[:, fits[0]]
+
+
+def _pair(types, fits, room, row, enough):
+  """(two types that fill more of the room than `enough`, how much), or ([], 0)."""
+  a, b = (fits[:: -(-len(fits) // many)] for many in _PAIRS)
+  fill = types.value[a][:, None] + types.value[b]
+  ok = fill > enough
+  for column, limit in zip(types.columns, room):
+    ok &= column[a][:, None] <= limit - column[b]
+  lone = types.left[a] - [row.count(x) for x in a.tolist()] < 2
+  ok &= ~((a[:, None] == b) & lone[:, None])
+  best = int(np.where(ok, fill, -1).argmax())
+  if not ok.flat[best]:
+    return [], 0
+  return [int(a[best // len(b)]), int(b[best % len(b)])], int(fill.flat[best])

@@ -28,6 +28,7 @@ import numpy as np
 
 from mmjax.batch import Budget, Item, PackedBatch
 from mmjax.data import augment as augment_lib
+from mmjax.data.deck import EVEN
 from mmjax.data.document import BadDocument
 from mmjax.data.example import Example, to_example
 from mmjax.data.pack import needs_of, pack
@@ -36,6 +37,7 @@ from mmjax.data.plan import Lengths, PackPlan
 _log = logging.getLogger(__name__)
 _ENDLESS = 2**48  # steps
 _WINDOW = 4096  # documents over which the share of bad ones is taken
+_UNEVEN = 0.02  # what a source's share may be off, untold
 _FEW = 10  # bad documents that stop no run yet, unless none are allowed
 
 
@@ -51,7 +53,8 @@ class Loaded:
   batch: the rows of this process, NumPy [rows / process_count, ...].
   stats: of these rows: 'documents', 'tokens' (stream slots that aren't padding),
     'targets', 'fill/stream', 'fill/<kind>' (share of patches), 'bad/<reason>'
-    (documents left out); and 'epoch', epochs done after this step.
+    (documents left out), of a mixture '<source>/documents' and '<source>/tokens';
+    and 'epoch', epochs done after this step.
   """
 
   batch: PackedBatch
@@ -64,18 +67,19 @@ class _Step:
 
   batch: PackedBatch
   documents: int
+  sources: tuple[tuple[int, int], ...]  # of each: documents, tokens
   bad: tuple[tuple[str, int, str], ...]  # reason, document, message
 
 
-jax.tree_util.register_dataclass(_Step, ['batch'], ['documents', 'bad'])
+jax.tree_util.register_dataclass(_Step, ['batch'], ['documents', 'sources', 'bad'])
 
 
 class Pipeline:
   """Packed batches of a dataset, endless, open at any step.
 
   Args:
-    dataset: `store.Dataset`, or anything with `[i] -> Document`, `.index` and
-      `.tokenizer` (and picklable, if there are workers).
+    dataset: `store.Dataset`, `mixture.Mixture`, or anything with `[i] -> Document`,
+      `.index` and `.tokenizer` (and picklable, if there are workers).
     budget: of a row.
     rows: of a step, over all processes.
     rules: by media kind, how an item becomes patches.
@@ -117,7 +121,10 @@ class Pipeline:
     self.max_bad_share = max_bad_share
     self.workers = workers
     self.lengths = Lengths.of(dataset.index, rules, slots)
-    self.plan = PackPlan(self.lengths, budget, seed)
+    shares = getattr(dataset, 'shares', None)
+    self.plan = PackPlan(self.lengths, budget, seed, shares, rows)
+    # A single dataset has no counts of its own: they are those of the step.
+    self.sources = shares.names if shares else ()
     options = dict(
       image_attention=image_attention,
       prompt_attention=prompt_attention,
@@ -137,8 +144,7 @@ class Pipeline:
 
     In a prompt that sees itself, that is the document both ways.
     """
-    stream = self.lengths.names.index('stream')
-    longest = int(self.lengths.needs[self.plan.ids, stream].max())
+    longest = int(self.plan.largest[self.lengths.names.index('stream')])
     options = self._convert.options
     ahead = self.lengths.largest_item if options['image_attention'] == 'block' else 1
     if options['prompt_attention'] == 'block':
@@ -151,6 +157,16 @@ class Pipeline:
     dropped = sum(plan.dropped.values())
     why = ', '.join(f'{reason} {count:,}' for reason, count in plan.dropped.items())
     fill = ', '.join(f'{name} {share:.1%}' for name, share in plan.fill.items())
+    lines = [
+      f'{name}: {share:.1%} of the documents from step {step} on'
+      for step, shares in (plan.shares.phases if self.sources else ())
+      for name, share in zip(self.sources, map(float, shares))
+    ]
+    if plan.off_balance > _UNEVEN:
+      lines.append(
+        f'the share of a source is up to {plan.off_balance:.1%} off in {EVEN} documents:'
+        ' some rows hold many documents of one source'
+      )
     return '\n'.join(
       [
         f'{plan.num_documents:,} documents in {plan.num_rows:,} rows, '
@@ -158,6 +174,7 @@ class Pipeline:
         f'{self.steps_per_epoch:,.1f} steps of {self.rows} rows an epoch',
         f'fill: {fill}',
         f'dropped: {dropped:,}' + (f' ({why})' if why else ''),
+        *lines,
       ]
     )
 
@@ -218,6 +235,8 @@ class Steps(Iterator[Loaded]):
     self.next_step += 1
     stats = _stats(step, self._pipeline.budget)
     stats |= {f'bad/{reason}': float(count) for reason, count in bad.items()}
+    for name, (documents, tokens) in zip(self._pipeline.sources, step.sources):
+      stats |= {f'{name}/documents': float(documents), f'{name}/tokens': float(tokens)}
     stats['epoch'] = self.next_step / self._pipeline.steps_per_epoch
     # Out of shared memory, which is the workers' to reuse.
     batch = jax.tree.map(np.array, step.batch) if self._pipeline.workers else step.batch
@@ -295,14 +314,19 @@ class _Load:
   def __call__(self, step: int) -> _Step:
     start = int(step) * self.rows + self.first
     rows, bad = [], []
+    sources = np.zeros((len(self.plan.shares.names), 2), np.int64)
     for r in range(start, start + self.count):
       rows.append([])
-      for document in self.plan.row(r):
+      for document, epoch in self.plan.dealt(r):
         try:
-          rows[-1].append(self._example(document, r // self.plan.num_rows))
+          rows[-1].append(self._example(document, epoch))
         except BadDocument as error:
           bad.append((error.reason, document, str(error)))
-    return _Step(pack(rows, self.budget), sum(map(len, rows)), tuple(bad))
+        else:
+          source = self.plan.shares.source(document)
+          sources[source] += 1, len(rows[-1][-1])
+    batch, documents = pack(rows, self.budget), sum(map(len, rows))
+    return _Step(batch, documents, tuple(map(tuple, sources.tolist())), tuple(bad))
 
   def _example(self, document: int, epoch: int) -> Example:
     example = self.convert(document, epoch)

@@ -6,27 +6,32 @@ Each document is a vector of needs, and a row has room for a vector of budgets:
   7                150       18             64            1
   budget of a row 1024      256            640           10
 
-Equal vectors are one type. Types are packed ONCE, best fit decreasing over all
-budgets together (the classic for bins of several resources; sequence packing of
-this kind: 2107.02027), which gives rows of places for types. Each epoch then
-deals the documents of a type anew onto its places, and shuffles the rows and
-the order in a row. So any row of any epoch opens at once, every document comes
-exactly once per epoch, and all hosts agree: it depends on integers only.
+Documents that need alike are a group, and windows of some 30,000 documents take
+from each group its part. So one packing over all budgets together (sequence packing
+of this kind: 2107.02027) serves all windows, however many documents there are:
 
-  plan (once)             epoch 0         epoch 1
-  row 0: A B B            d7 d2 d9        d1 d9 d4
-  row 1: A A B            d1 d5 d4        d5 d7 d2
+  groups -> what a window takes of each (comb) -> rows of places (binpack, deck)
+  window w -> which documents stand at these places: shuffles without lists (shuffle)
+
+So any row opens at once, every document comes exactly once per epoch, sources have
+their shares (mixture), and all hosts agree: it depends on integers only.
 """
 
+import bisect
 import dataclasses
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
 from mmjax.batch import Budget, Item
-from mmjax.data import binpack
+from mmjax.data import binpack, deck
+from mmjax.data.comb import Comb, Line
+from mmjax.data.deck import Deck
 from mmjax.data.document import KINDS, BadDocument
+from mmjax.data.mixture import Shares
+from mmjax.data.shuffle import hashed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,48 +124,84 @@ def limits(names: tuple[str, ...], budget: Budget) -> np.ndarray:
 
 
 class PackPlan:
-  """Rows of documents for all epochs; see the top of this file.
+  """Rows of documents for ever; see the top of this file.
 
   Args:
     lengths: of all documents.
     budget: of a row.
     seed: of the dealing; the rows' shapes don't depend on it.
+    shares: of the sources that the documents are of; by default, there is one.
+    rows: of a step, for shares that change with the step.
 
   Attributes:
     num_documents: documents that are used.
-    num_rows: rows per epoch, the same for every epoch.
+    num_rows: rows per epoch; of a mixture, about the rows that hold as many
+      documents as there are, with the first shares.
     dropped: documents that are not used, by reason ('too_long_stream',
       'too_many_targets', 'too_many_patches:image', ..., or why refused).
-    fill: share of a budget's slots that are really used: 'stream', 'targets'
-      and each media kind (its patches).
+    fill: share of a budget's slots that are really used, with the first shares:
+      'stream', 'targets' and each media kind (its patches).
+    off_balance: how far a source's share of 1,000 documents in a row is off at most,
+      by the order of the rows.
 
   Raises:
-    ValueError: no document can be used.
+    ValueError: no document (of a source that has a share) can be used.
   """
 
-  def __init__(self, lengths: Lengths, budget: Budget, seed: int = 0):
+  def __init__(
+    self,
+    lengths: Lengths,
+    budget: Budget,
+    seed: int = 0,
+    shares: Shares | None = None,
+    rows: int = 1,
+  ):
+    self.lengths, self.seed = lengths, seed
+    self.shares = shares or Shares.one(len(lengths))
     room = limits(lengths.names, budget)
-    self.ids, self.dropped = _usable(lengths, room)
-    needs = lengths.needs[self.ids]
-    vectors, self._type = binpack.types(needs, room)
-    patterns = binpack.pack(vectors, np.bincount(self._type), room)
-    sizes = np.concatenate([np.full(times, len(p)) for p, times in patterns])
-    self._offsets = np.concatenate([[0], np.cumsum(sizes)])
-    places = np.concatenate([np.tile(p, times) for p, times in patterns])
-    # The n-th place of a type takes the n-th of its documents, however dealt.
-    self._card = np.empty(len(places), np.int64)
-    self._card[np.argsort(places, kind='stable')] = np.arange(len(places))
-    self.num_documents = len(needs)
-    self.num_rows = len(sizes)
-    self.seed = seed
-    used = needs.sum(axis=0) / (self.num_rows * np.maximum(room, 1))
+    ok, self.dropped = _usable(lengths, room)
+    own = self._own(ok)
+    sizes = [len(ids) for ids in own]
+    self.num_documents = sum(sizes)
+    rates = [deck.rates(sizes, shares) for _, shares in self.shares.phases]
+    lines = [
+      _line(lengths.needs, ids, room, [r[i] for r in rates], int(hashed(i, seed)))
+      for i, ids in enumerate(own)
+    ]
+    self.largest = np.max(
+      [line.largest.max(axis=0) for line in lines if len(line)], axis=0
+    )
+    self._decks = []
+    asked = [np.zeros(len(line.ends), np.int64) for line in lines]
+    for p, (step, shares) in enumerate(self.shares.phases):
+      if p:
+        asked = self._decks[-1].before(step * rows)
+      combs = [Comb(*of) for of in zip(lines, rates[p], asked)]
+      self._decks.append(Deck(combs, shares, room, step * rows, int(hashed(p, seed, 1))))
+    self.off_balance = max(d.off_balance for d in self._decks)
+    documents, used = Fraction(0), [Fraction(0)] * len(room)
+    for ids, rate in zip(own, rates[0]):
+      documents += rate * len(ids)
+      total = lengths.needs[ids].sum(axis=0, dtype=np.int64).tolist()
+      used = [u + rate * t for u, t in zip(used, total)]
+    window = self._decks[0].num_rows
+    self.num_rows = round(window * self.num_documents / documents)
     self.fill = {
-      name.removesuffix('/patches'): float(share)
-      for name, share in zip(lengths.names, used)
+      name.removesuffix('/patches'): float(u / (window * max(int(limit), 1)))
+      for name, u, limit in zip(lengths.names, used, room)
       if not name.endswith('/items')
     }
-    self.lengths = lengths
-    self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    self._windows: dict[tuple[int, int], tuple[np.ndarray, ...]] = {}
+
+  def _own(self, ok: np.ndarray) -> list[np.ndarray]:
+    """The usable documents of each source."""
+    own = []
+    for i, (name, end) in enumerate(zip(self.shares.names, self.shares.ends)):
+      start = self.shares.ends[i - 1] if i else 0
+      own.append((start + np.flatnonzero(ok[start:end])).astype(np.int32))
+      if not len(own[-1]) and any(shares[i] for _, shares in self.shares.phases):
+        raise ValueError(f'none of the {end - start} documents of {name!r} can be used')
+    return own
 
   def row(self, r: int) -> tuple[int, ...]:
     """The documents of global row r >= 0, in the order they stand in it.
@@ -168,34 +209,51 @@ class PackPlan:
     Raises:
       ValueError: a negative row.
     """
+    return tuple(document for document, _ in self.dealt(r))
+
+  def dealt(self, r: int) -> list[tuple[int, int]]:
+    """(document, which time it comes, from 0) of a global row.
+
+    Raises:
+      ValueError: a negative row.
+    """
     if r < 0:
       raise ValueError(f'row {r}: rows count from 0')
-    epoch, place = divmod(r, self.num_rows)
-    dealt, rows = self._epoch(epoch)
-    shape = rows[place]
-    cards = self._card[self._offsets[shape] : self._offsets[shape + 1]]
-    documents = dealt[cards]
-    order = np.argsort(_hash(documents, self.seed, epoch, 2), kind='stable')
-    return tuple(self.ids[documents[order]].tolist())
+    phase = bisect.bisect(self._decks, r, key=lambda d: d.first_row) - 1
+    of = self._decks[phase]
+    w, place = divmod(r - of.first_row, of.num_rows)
+    if (phase, w) not in self._windows:
+      # Steps at a window's end need two; more would only hold memory.
+      kept = list(self._windows.items())[-1:]
+      self._windows = dict([*kept, ((phase, w), of.window(w))])
+    offsets, documents, epochs = self._windows[phase, w]
+    here = slice(offsets[place], offsets[place + 1])
+    return list(zip(documents[here].tolist(), epochs[here].tolist()))
+
+  def before(self, r: int) -> dict[str, int]:
+    """How many documents of each source come in the rows before row r."""
+    phase = bisect.bisect(self._decks, r, key=lambda d: d.first_row) - 1
+    asked = self._decks[phase].before(r)
+    return {name: int(a.sum()) for name, a in zip(self.shares.names, asked)}
 
   def needs(self, document: int) -> dict[str, int]:
     """What a document was planned to need, by resource."""
     return dict(zip(self.lengths.names, self.lengths.needs[document].tolist()))
 
-  def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """(documents by type, each type shuffled; rows, shuffled) of an epoch."""
-    if epoch not in self._epochs:
-      keys = _hash(np.arange(self.num_documents), self.seed, epoch, 0)
-      rows = _hash(np.arange(self.num_rows), self.seed, epoch, 1)
-      made = np.lexsort((keys, self._type)), np.argsort(rows, kind='stable')
-      # Steps at an epoch's end need two; more would only hold memory.
-      kept = sorted(self._epochs.items())[-1:]
-      self._epochs = dict([*kept, (epoch, made)])
-      return made
-    return self._epochs[epoch]
-
   def __getstate__(self):
-    return {**self.__dict__, '_epochs': {}}
+    return {**self.__dict__, '_windows': {}}
+
+
+def _line(needs, ids, room, rates, salt) -> Line:
+  """The line of a source's documents, cut for the first rate that there is."""
+  if not len(ids):
+    return Line(ids, np.zeros(0, np.int64), np.zeros((0, len(room)), np.int64), salt)
+  own = needs if len(ids) == len(needs) else needs[ids]
+  rate = next((rate for rate in rates if rate), Fraction(1))
+  order, ends = binpack.strata(own, room, 1 / rate)
+  starts = np.append(0, ends[:-1])
+  largest = [np.maximum.reduceat(column[order], starts) for column in own.T]
+  return Line(ids[order], ends, np.stack(largest, axis=1).astype(np.int64), salt)
 
 
 def _grid(kind, size, rule):
@@ -210,32 +268,19 @@ def _sums(owner, values, N):
   return np.bincount(owner, weights=values, minlength=N).astype(np.int64)
 
 
-def _hash(x, *salts: int) -> np.ndarray:
-  """Pseudo-random u64 of integers (splitmix64, Steele et al. 2014)."""
-  with np.errstate(over='ignore'):
-    z = np.uint64(0)
-    for part in (*salts, x):
-      z = z ^ np.asarray(part).astype(np.uint64)
-      z = z + np.uint64(0x9E3779B97F4A7C15)
-      z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-      z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-      z = z ^ (z >> np.uint64(31))
-  return z
-
-
 def _usable(lengths: Lengths, room: np.ndarray):
-  """(usable documents, dropped by reason); each document counts for one reason."""
+  """(which documents are usable, dropped by reason); each counts for one reason."""
   ok = np.ones(len(lengths), bool)
   dropped: dict[str, int] = {}
 
-  def drop(reason, mask):
-    count = int((mask & ok).sum())
+  def drop(reason, mask):  # or numbers
+    count = int(np.count_nonzero(ok[mask]))
     ok[mask] = False
     if count:
       dropped[reason] = count
 
   for reason, documents in sorted(lengths.refused.items()):
-    drop(reason, np.isin(np.arange(len(lengths)), documents))
+    drop(reason, documents)
   for k, name in enumerate(lengths.names):
     drop(_reason(name), lengths.needs[:, k] > room[k])
   if not ok.any():
@@ -248,7 +293,7 @@ def _usable(lengths: Lengths, room: np.ndarray):
       f'none of {len(lengths)} documents can be used ({why}); largest need of budget:'
       f' {needs}'
     )
-  return np.flatnonzero(ok), dropped
+  return ok, dropped
 
 
 def _reason(name: str) -> str:

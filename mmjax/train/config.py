@@ -22,14 +22,18 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
+from mmjax.data.mixture import Shares
 from mmjax.names import closest
 from mmjax.sharding import RULES
 
 OPTIONAL = config_dict.placeholder
 # Sections whose keys are the fields of something else, which checks them itself.
-_OPEN = ('model', 'init', 'optim.options', 'data.options', 'data.rules', 'data.image',
-         'data.audio', 'data.video', 'data.budget.image', 'data.budget.audio',
-         'data.budget.video', 'sharding.mesh', 'sharding.rules', 'eval')  # fmt: skip
+_OPEN = ('model', 'init', 'optim.options', 'data.options', 'data.rules', 'data.mixture',
+         'data.image', 'data.audio', 'data.video', 'data.budget.image',
+         'data.budget.audio', 'data.budget.video', 'sharding.mesh', 'sharding.rules',
+         'eval')  # fmt: skip
+# Of config.data.mixture.<name>.
+_SOURCE = ('path', 'source', 'options', 'rules', 'weight')
 # What a resumed run may change: nothing of it changes the parameters' way
 # (`sharding` only by rounding).
 MAY_DIFFER = ('data.workers', 'data.path', 'data.max_bad_share', 'eval.', 'sharding.',
@@ -48,6 +52,7 @@ def defaults() -> ConfigDict:
         path=OPTIONAL(str),
         options=dict(),  # of the source
         rules=dict(),  # of the preparation: fields of mmjax.data.rules.Rules
+        mixture=dict(),  # instead, by name: path, source, options, rules, weight
         tokenizer='bytes',
         split='train',
         rows=8,  # rows of one step, over all devices and processes
@@ -283,8 +288,11 @@ def check(config: ConfigDict) -> None:
     if name not in table:
       raise ValueError(f'config.{path} = {name!r}{closest(name, table)}')
   for path in ('data.path', 'data.source'):
-    if _flat(config)[path] is None:
+    # What is evaluated is in `data.path`, also beside a mixture.
+    needed = not config.data.mixture or (path == 'data.path' and config.eval)
+    if needed and _flat(config)[path] is None:
       raise ValueError(f'config.{path} is not set')
+  _check_mixture(config.data.mixture)
   for path in (
     'train.steps', 'train.accumulate', 'train.log_every', 'train.checkpoint_every',
     'train.keep', 'train.max_skipped', 'data.rows',
@@ -296,6 +304,25 @@ def check(config: ConfigDict) -> None:
       f'config.train.accumulate = {config.train.accumulate} does not divide'
       f' config.data.rows = {config.data.rows}'
     )
+
+
+def _check_mixture(mixture: ConfigDict) -> None:
+  for name, given in mixture.items():
+    where = f'config.data.mixture.{name}'
+    if not isinstance(given, ConfigDict):
+      raise ValueError(f'{where} = {given!r}: must be a section')
+    for key in given:
+      if key not in _SOURCE:
+        raise ValueError(f'{where} has no {key!r}{closest(key, _SOURCE)}')
+    if given.get('path') is None:
+      raise ValueError(f'{where}.path is not set')
+  if mixture:
+    Shares.of(dict.fromkeys(mixture, 1), weights(mixture))
+
+
+def weights(mixture: ConfigDict) -> dict[str, Any]:
+  """By name of a mixture's sources, the weight."""
+  return {name: given.get('weight', 1.0) for name, given in mixture.items()}
 
 
 def _models():

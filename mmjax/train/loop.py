@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 import mmjax
 from mmjax import sharding
-from mmjax.train import begin, processes
+from mmjax.train import begin, datasets, processes
 from mmjax.train import build as build_lib
 from mmjax.train import config as config_lib
 from mmjax.train import log as log_lib
@@ -53,8 +53,6 @@ def train(config: ConfigDict, workdir: str | os.PathLike, devices=None) -> str:
     ValueError: the config, the data or the checkpoints don't fit; one line.
     RunStopped: too many bad documents or non-finite updates, a full disk.
   """
-  from mmjax.data.prepare import prepare
-  from mmjax.data.store import Dataset
   from mmjax.eval import build_evaluators
 
   config_lib.check(config)
@@ -66,23 +64,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike, devices=None) -> str:
     _keep_config(config, workdir, first)
     if config.train.compilation_cache:
       jax.config.update('jax_compilation_cache_dir', config.train.compilation_cache)
-    if first and not (pathlib.Path(config.data.path) / 'meta.json').exists():
-      build_lib.build(
-        config, 1, devices
-      )  # what is wrong in the config is told before waiting
-      _log.info('preparing %s in %s', config.data.source, config.data.path)
-      plain = config.data.to_dict()
-      prepare(
-        plain['source'],
-        plain['path'],
-        tokenizer=plain['tokenizer'],
-        rules=plain['rules'],
-        workers=plain['workers'],
-        **plain['options'],
-      )
+    if first:
+      datasets.prepare(config, devices)
     processes.barrier('prepared')
-    dataset = Dataset(config.data.path, config.data.split)
-    _refuse_other_data(config, dataset.meta)
+    dataset = datasets.load(config)
     parts = build_lib.build(config, dataset.tokenizer.vocab_size, devices)
     _refuse_uneven(config, parts)
     evaluators = build_evaluators(
@@ -140,9 +125,22 @@ class _Run:
     mine, theirs = self.dataset.tokenizer.hash, meta['tokenizer_hash']
     if mine != theirs:
       raise ValueError(
-        f'the tokenizer of {self.config.data.path} has hash {mine[:12]}, the checkpoint'
-        f' was trained with {theirs[:12]}; put that data back or use another --workdir'
+        f'the tokenizer of {datasets.where(self.config)} has hash {mine[:12]}, the'
+        f' checkpoint was trained with {theirs[:12]}; put that data back or use another'
+        ' --workdir'
       )
+    # The place in the data is the step; the counts tell whether it is the same data.
+    then, now = meta.get('documents'), self._dealt(meta['data_position'])
+    if then not in (None, now):
+      raise ValueError(
+        f'the data of {datasets.where(self.config)} is not what it was: {now} documents'
+        f' before step {meta["data_position"]}, the checkpoint says {then}; put that'
+        ' data back or use another --workdir'
+      )
+
+  def _dealt(self, steps) -> dict[str, int]:
+    """How many documents of each source come in so many steps."""
+    return self.pipeline.plan.before(steps * self.config.data.rows)
 
   def go(self) -> str:
     try:
@@ -260,6 +258,7 @@ class _Run:
       'window': self.window.to_json(processes.gather),
       'tokenizer_hash': self.dataset.tokenizer.hash,
       'data_position': done,
+      'documents': self._dealt(done),
       'config': self.config.to_dict(),
       'mmjax': mmjax.__version__,
     }
@@ -319,17 +318,6 @@ def _keep_config(config: ConfigDict, workdir: pathlib.Path, first: bool) -> None
     fresh.write_text(config_lib.to_json(config))
     os.replace(fresh, path)
   processes.barrier('config')
-
-
-def _refuse_other_data(config: ConfigDict, meta: dict[str, Any]) -> None:
-  plain = config.data.to_dict()
-  keys = ('source', 'tokenizer', *(k for k in ('options', 'rules') if plain[k]))
-  for key in keys:
-    if meta.get(key) not in (None, plain[key]):
-      raise ValueError(
-        f'{config.data.path} was prepared with {key} {meta[key]!r}, the config says'
-        f' {plain[key]!r}; choose another config.data.path'
-      )
 
 
 def _refuse_uneven(config: ConfigDict, parts: Any) -> None:

@@ -230,3 +230,41 @@ def test_parts_of_a_model_are_sections_with_defaults(tmp_path):
   given.model.vision.name = 'vitt'
   with pytest.raises(ValueError, match="vision: unknown name 'vitt'; did you mean 'vit'"):
     lib.resolve(given)
+
+
+def mixed(**mixture):
+  given = {name: ConfigDict(of) for name, of in mixture.items()}
+  return lib.resolve(ConfigDict(dict(data=dict(mixture=given))))
+
+
+def test_a_mixture_stands_for_path_and_source_and_goes_through_json():
+  config = mixed(a=dict(path='a', weight=((0, 1.0), (9, 2.0))), b=dict(path='b'))
+  lib.check(config)
+  again = lib.from_json(lib.to_json(config))
+  lib.check(again)
+  assert lib.refuse_changes(config, again) == []
+  weights = lib.weights(again.data.mixture)
+  assert [list(pair) for pair in weights['a']] == [[0, 1.0], [9, 2.0]]
+  assert weights['b'] == 1.0
+  config.eval = dict(vqa=dict())
+  with pytest.raises(ValueError, match='config.data.path is not set'):
+    lib.check(config)
+
+
+@pytest.mark.parametrize(
+  'mixture,message',
+  [
+    (dict(a=dict(path='a', wieght=2.0)), "mixture.a has no 'wieght'.*weight"),
+    (dict(a=dict(weight=2.0)), 'config.data.mixture.a.path is not set'),
+    (dict(a=dict(path='a', weight=-1.0)), "weight -1.0 of 'a': must be"),
+  ],
+)
+def test_mistakes_in_a_mixture(mixture, message):
+  with pytest.raises(ValueError, match=message):
+    lib.check(mixed(**mixture))
+
+
+def test_a_source_of_a_mixture_is_a_section():
+  config = lib.resolve(ConfigDict(dict(data=dict(mixture=dict(a=3)))))
+  with pytest.raises(ValueError, match='config.data.mixture.a = 3: must be a section'):
+    lib.check(config)

@@ -1,0 +1,93 @@
+"""The datasets that a config names: prepared where they aren't there yet, and opened.
+
+config.data.path                     one dataset
+config.data.mixture.<name>.path      several, as shares of one; `data.path` is then
+                                     what is evaluated
+"""
+
+import logging
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mmjax.train import build
+from mmjax.train import config as config_lib
+
+_log = logging.getLogger('mmjax')
+
+
+def prepare(config: ConfigDict, devices=None) -> None:
+  """Prepares what isn't there yet; for one process to call.
+
+  Raises:
+    ValueError: the config, a source, or what it holds, doesn't fit; one line.
+    OSError: the disk is full.
+  """
+  from mmjax.data.prepare import prepare
+
+  built = False
+  for name, of in _sources(config).items():
+    if (pathlib.Path(of['path']) / 'meta.json').exists():
+      continue
+    if of['source'] is None:
+      raise ValueError(f'no dataset at {of["path"]}, and no source to make {name!r} from')
+    if not built:  # what is wrong in the config is told before waiting
+      build.build(config, 1, devices)
+      built = True
+    _log.info('preparing %s in %s', of['source'], of['path'])
+    prepare(
+      of['source'],
+      of['path'],
+      tokenizer=config.data.tokenizer,
+      rules=of['rules'],
+      workers=config.data.workers,
+      **of['options'],
+    )
+
+
+def load(config: ConfigDict) -> Any:
+  """What is trained on: a `store.Dataset`, or a `mixture.Mixture` of several.
+
+  Raises:
+    ValueError: one isn't there, is damaged, or was prepared from something else.
+  """
+  from mmjax.data.mixture import Mixture
+  from mmjax.data.store import Dataset
+
+  names = list(config.data.mixture) or ['']
+  sources = {name: of for name, of in _sources(config).items() if name in names}
+  found = {name: Dataset(of['path'], config.data.split) for name, of in sources.items()}
+  for name, of in sources.items():
+    _refuse_other(of, config.data.tokenizer, found[name].meta)
+  if not config.data.mixture:
+    return found['']
+  return Mixture(found, config_lib.weights(config.data.mixture))
+
+
+def where(config: ConfigDict) -> str:
+  """The paths of what is trained on."""
+  paths = [of['path'] for of in config.data.mixture.to_dict().values()]
+  return ', '.join(paths) or config.data.path
+
+
+def _sources(config: ConfigDict) -> dict[str, dict[str, Any]]:
+  """path, source, options and rules of each, by name; a single one has none, ''."""
+  plain = config.data.to_dict()
+  one = {'': plain} if not plain['mixture'] or config.eval else {}
+  return {
+    name: {'path': given['path'], 'source': given.get('source'),
+           'options': given.get('options', {}), 'rules': given.get('rules', {})}
+    for name, given in (one | plain['mixture']).items()
+  }  # fmt: skip
+
+
+def _refuse_other(of: dict[str, Any], tokenizer: str, meta: dict[str, Any]) -> None:
+  wanted = {'source': of['source'], 'tokenizer': tokenizer}
+  wanted |= {key: of[key] for key in ('options', 'rules') if of[key]}
+  for key, value in wanted.items():
+    if value is not None and meta.get(key) not in (None, value):
+      raise ValueError(
+        f'{of["path"]} was prepared with {key} {meta[key]!r}, the config says'
+        f' {value!r}; choose another config.data.path'
+      )
