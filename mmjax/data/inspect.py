@@ -17,9 +17,8 @@ import sys
 import jax
 from absl import app, flags, logging
 
-from mmjax.data import store
 from mmjax.eval import batch_page, batch_stats, report
-from mmjax.train import build
+from mmjax.train import build, datasets
 from mmjax.train import config as config_lib
 
 _STEP = flags.DEFINE_integer('step', 0, 'Which step of the run.')
@@ -42,7 +41,7 @@ def inspect(config, name, out, step=0, rows=8, steps=0) -> str:
   for flag, value, least in (('step', step, 0), ('rows', rows, 1), ('steps', steps, 0)):
     if value < least:
       raise ValueError(f'--{flag}={value}: must be at least {least}')
-  dataset = store.Dataset(config.data.path, config.data.split)
+  dataset = datasets.load(config)
   rules = build.rules_of(config)
   budget = build.budget_of(config, rules)
   model = build.model_of(config, dataset.tokenizer.vocab_size, budget)
