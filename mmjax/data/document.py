@@ -15,7 +15,8 @@ has a format of its own. On disk a document is one msgpack map,
 
   {version, id, meta, spans: [['text', branch, text, trained], ['image', 0, bytes], ...]}
 
-in which arrays are {dtype, shape, data}, and nothing can carry code.
+in which arrays are {dtype, shape, data}, and nothing can carry code. Text that is
+`special` has a fifth field, true.
 """
 
 import dataclasses
@@ -44,11 +45,16 @@ class BadDocument(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-  """Text; the loss counts it (and the end token that closes it) iff `trained`."""
+  """Text; the loss counts it (and the end token that closes it) iff `trained`.
+
+  `special` says that these are words of a template, not of the data: names of special
+  tokens in them are these tokens. In all other text they are letters.
+  """
 
   text: str
   trained: bool = False
   branch: int = 0
+  special: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -178,7 +184,8 @@ def decode(record: bytes) -> Document:
 def _pack(span: Span) -> list[Any]:
   kind, branch = kind_of(span), int(span.branch)
   if kind == 'text':
-    return ['text', branch, span.text, bool(span.trained)]
+    fields = ['text', branch, span.text, bool(span.trained)]
+    return [*fields, True] if span.special else fields
   if kind == 'image':
     content = span.content
     return ['image', branch, content if isinstance(content, bytes) else _png(content)]
@@ -194,7 +201,8 @@ def _unpack(fields: list[Any]) -> Span:
   if type(branch) is not int:
     raise ValueError(f'branch {branch!a}')
   if kind == 'text':
-    return Text(*rest, branch=branch)
+    text, trained, *special = rest
+    return Text(text, trained, branch, *special)
   if kind == 'image':
     return Image(*rest, branch=branch)
   if kind in ('audio', 'video'):

@@ -37,6 +37,7 @@ import numpy as np
 from mmjax.batch import FOREVER, PLACEHOLDER, Item
 from mmjax.data import media as media_lib
 from mmjax.data.document import BadDocument, Document, Image, check_branches, kind_of
+from mmjax.data.text import tokenised
 
 Slots = Callable[[Item], tuple[int, int, int]]
 # What `to_example` takes for each of its options, the first by default.
@@ -130,12 +131,11 @@ def to_example(
       raise ValueError(f'{name}={value!r}; choose {first!r} or {second!r}')
   check_branches(document)
   parts = _Parts()
-  for span in document.spans:
+  for span, ids in tokenised(document, tokenizer):
     kind = kind_of(span)
     parts.branch(span.branch)
-    if kind == 'text':
-      ids = tokenizer.encode(span.text)
-      parts.text([*ids, tokenizer.end_id] if span.trained else ids, span.trained)
+    if ids is not None:
+      parts.text(ids, span.trained)
       continue
     if kind not in rules:
       raise BadDocument(f'unsupported_{kind}', f'document {document.id!a}')

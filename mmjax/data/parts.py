@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.data import chat, delimiters, store, workers, writer
 from mmjax.data import document as document_lib
 from mmjax.data import rules as rules_lib
-from mmjax.data import store, workers, writer
 from mmjax.data.document import KINDS, BadDocument, Document, Image
 from mmjax.data.source import Source
 from mmjax.data.store import Index
@@ -49,6 +49,8 @@ class PartJob:
   max_pixels: int
   rules: rules_lib.Rules
   scorer: rules_lib.Scorer | None
+  chat_template: str | None
+  delimiters: str | None
   shard_bytes: int
 
   def __call__(self, task: tuple[int, Sequence[str]], tick: Callable[[int], None]):
@@ -92,6 +94,10 @@ class _Made:
         raise document
       name = document.id
       document, out = self._job.rules.apply(document, self._job.scorer)
+      if self._job.chat_template:
+        document = chat.apply(document, self._job.chat_template)
+      if self._job.delimiters:
+        document = delimiters.apply(document, self._job.delimiters)
       self._part.add(split, document)
       for error in out:
         self._removed.add(error, name)

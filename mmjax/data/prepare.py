@@ -24,7 +24,8 @@ from typing import Any
 
 import tqdm
 
-from mmjax.data import media, report, sources, store, workers
+from mmjax.data import chat, media, report, sources, store, workers
+from mmjax.data import delimiters as delimiters_lib
 from mmjax.data import parts as parts_lib
 from mmjax.data import rules as rules_lib
 from mmjax.data import tokenizer as tokenizer_lib
@@ -40,12 +41,14 @@ _BAR = '{desc}: {percentage:3.0f}%|{bar}| {n_fmt} docs, {rate_fmt}, ETA {remaini
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How to prepare; see `prepare`. None of it changes what is made but the first five."""
+  """How to prepare; see `prepare`. Only the first seven change what is made."""
 
   splits: tuple[str, ...] | None = None
   max_pixels: int = media.MAX_PIXELS
   rules: rules_lib.Rules = rules_lib.Rules()
   scorer: rules_lib.Scorer | None = None
+  chat_template: str | None = None
+  delimiters: str | None = None
   shard_bytes: int = writer_lib.SHARD_BYTES
   max_dropped: float = 0.5
   workers: int = 0
@@ -58,6 +61,11 @@ class Settings:
       raise ValueError(f'workers={self.workers} must be >= 0')
     if (self.scorer is None) != (self.rules.min_similarity is None):
       raise ValueError('a scorer and the rule min_similarity need each other')
+    if self.delimiters and self.rules.unique_images:
+      raise ValueError(
+        'the rule unique_images takes images out once delimiters stand around them;'
+        ' choose one of both'
+      )
 
   def made_from(self) -> dict[str, Any]:
     """What of this the data depends on, as plain data."""
@@ -69,6 +77,8 @@ class Settings:
       'max_pixels': self.max_pixels,
       'rules': rules,
       'scorer': _name(self.scorer),
+      'chat_template': self.chat_template,
+      'delimiters': self.delimiters,
     }
 
 
@@ -82,6 +92,8 @@ def prepare(
   max_pixels: int = media.MAX_PIXELS,
   rules: rules_lib.Rules | dict[str, Any] | None = None,
   scorer: rules_lib.Scorer | None = None,
+  chat_template: str | None = None,
+  delimiters: str | None = None,
   max_dropped: float = 0.5,
   workers: int = 0,
   progress: bool = True,
@@ -101,6 +113,8 @@ def prepare(
     rules: see `rules`.
     scorer: (u8[H, W, 3], text) -> similarity, for the rule `min_similarity`; with
       workers, one that pickles. It is known by its name alone.
+    chat_template: how dialogues are written; see `chat`.
+    delimiters: what stands around images and at the beginning; see `delimiters`.
     max_dropped: the share of records that may be unusable; what is left out because
       rules or the source's options say so doesn't count.
     workers: processes; 0 = in this one. The dataset is the same for any number.
@@ -124,6 +138,8 @@ def prepare(
     max_pixels,
     rules,
     scorer,
+    chat_template,
+    delimiters,
     max_dropped=max_dropped,
     workers=workers,
     progress=progress,
@@ -186,6 +202,10 @@ def _make(place, work, source, pieces, info, tokenizer, settings):
   name = info['source']
   if callable(tokenizer):
     tokenizer = _trained(work, tokenizer)
+  if settings.chat_template:
+    chat.check(settings.chat_template, tokenizer)
+  if settings.delimiters:
+    delimiters_lib.check(settings.delimiters, tokenizer)
   tasks = parts_lib.group(pieces)
   have = [parts_lib.read_part(work, number) for number in parts_lib.done(work)]
   numbers = set(parts_lib.done(work))
@@ -223,6 +243,8 @@ def _make(place, work, source, pieces, info, tokenizer, settings):
     settings.max_pixels,
     settings.rules,
     settings.scorer,
+    settings.chat_template,
+    settings.delimiters,
     settings.shard_bytes,
   )
   with bar:
@@ -375,6 +397,10 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument('--tokenizer', default='bytes', help='bytes, bpe:N or a path')
   parser.add_argument('--end', help="name of the tokenizer's end token")
   parser.add_argument('--splits', help='comma-separated; default: all')
+  parser.add_argument('--chat-template', help=f'one of {", ".join(chat.TEMPLATES)}')
+  parser.add_argument(
+    '--delimiters', help=f'one of {", ".join(delimiters_lib.DELIMITERS)}'
+  )
   parser.add_argument('--max-pixels', type=int, default=media.MAX_PIXELS)
   parser.add_argument('--max-dropped', type=float, default=0.5, metavar='SHARE',
                       help='stop if more records than that are unusable')  # fmt: skip
@@ -404,6 +430,8 @@ def main(argv: list[str] | None = None) -> int:
     'end': args.end,
     'splits': tuple(args.splits.split(',')) if args.splits else None,
     'max_pixels': args.max_pixels,
+    'chat_template': args.chat_template,
+    'delimiters': args.delimiters,
     'max_dropped': args.max_dropped,
     'workers': args.workers,
   }

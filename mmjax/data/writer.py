@@ -22,6 +22,7 @@ from mmjax.data import document as document_lib
 from mmjax.data import media
 from mmjax.data.document import KINDS, BadDocument, Document
 from mmjax.data.store import VERSION, Index
+from mmjax.data.text import tokenised
 
 SHARD_BYTES = 2**28
 
@@ -36,17 +37,14 @@ def measure(document: Document, tokenizer, max_pixels: int = media.MAX_PIXELS):
   document_lib.check_branches(document)
   text_tokens = targets = 0
   items, begun = [], set()  # begun: branches that have something
-  for i, span in enumerate(document.spans):
+  for span, ids in tokenised(document, tokenizer):
     kind = document_lib.kind_of(span)
     first = not begun & {0, span.branch}  # nothing stands before it
-    if kind != 'text':
+    if ids is None:
       items.append((KINDS.index(kind), media.native_size(span, max_pixels)))
       begun.add(span.branch)
       continue
-    try:
-      n = len(tokenizer.encode(span.text)) + bool(span.trained)
-    except UnicodeError as error:
-      raise BadDocument('not_unicode', f'span {i}: {error}') from None
+    n = len(ids)
     if span.trained:
       targets += n - (n > 0 and first)  # the first slot isn't trained
     if n:

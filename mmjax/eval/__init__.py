@@ -31,7 +31,8 @@ __all__ = [
   'build_evaluators',
 ]
 
-# What a section of config.eval may say, with `split` of the prepared data.
+# What a section of config.eval may not say; it may name a `split` of the prepared data,
+# and, with `shots`, the split of their supports: `shots_split`, 'train' by default.
 _OURS = (
   'dataset',
   'model',
@@ -39,6 +40,7 @@ _OURS = (
   'rules',
   'media_rules',
   'budget',
+  'pool',
   'image_attention',
   'prompt_attention',
   'image_positions',
@@ -81,10 +83,13 @@ def build_evaluators(
     split = fields.pop('split', 'test')
     cls = EVALUATORS[name]
     known = inspect.signature(cls).parameters
+    from_split = 'train'
+    if 'pool' in known:
+      from_split = fields.pop('shots_split', from_split)
     allowed = [f for f in known if f not in _OURS]
     for field in fields:
       if field not in allowed:
-        near = closest(field, [*allowed, 'split'])
+        near = closest(field, [*allowed, 'split', 'shots_split'])
         raise ValueError(f'eval.{name} has no field {field!r}{near}')
     data = dataset
     if data is None:
@@ -100,6 +105,8 @@ def build_evaluators(
       prompt_attention=config.data.prompt_attention,
       image_positions=config.data.image_positions,
     )
+    if fields.get('shots') and dataset is None and from_split != split:
+      ours['pool'] = Dataset(config.data.path, from_split, tokenizer_hash)
     if 'budget' in known:
       ours['budget'] = budget_of(config, media_rules)
     built[name] = cls(**{k: v for k, v in ours.items() if k in known}, **fields)

@@ -6,6 +6,10 @@ of its own, so no gold answer of another turn is ever in sight:
   document   <image> question 1, answer 1, question 2, answer 2
   prompts    <image> question 1       and       <image> question 2
 
+In a dialogue (its template's words are `special`) a question has all that stands before
+it, earlier turns too. Support documents with their answers may stand before all; see
+`data.fewshot`.
+
 Each comes three times: with its own images, with the images of another document
 (never its own), and with mid-grey images of the same sizes. Equal prompts are
 kept once, and all prompts that show the same images share one copy of them.
@@ -27,13 +31,17 @@ _GREY = 128
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """One question of a document: which of its media come before it, text and answer."""
+  """One question of a document: which of its media come before it, text and answer.
+
+  frame: the prompt's spans, None where the next of these media stands.
+  """
 
   media: tuple[int, ...]
   text: str
   answer: str
   turn: int
   type: str
+  frame: tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +58,16 @@ class Asked:
   blank: int
 
 
-def questions(document: Document) -> list[Question]:
+def questions(document: Document, end: str = '') -> list[Question]:
   """All questions of a document, one for each trained text.
 
   The question is the untrained text right before the answer; an answer without
   one (a caption) is asked with its media alone: those of the trunk, and of its branch.
+  A dialogue's is what was said last before it.
+
+  Args:
+    document: the document.
+    end: the end token's name, which closes earlier answers of a dialogue.
   """
   types = document.meta.get('types', ())
   found, seen = [], []
@@ -69,8 +82,28 @@ def questions(document: Document) -> list[Question]:
       kind = types[turn] if turn < len(types) else ''
       text = before.text if asked else ''
       shown = tuple(i for i, b in enumerate(seen) if b in (0, span.branch))
-      found.append(Question(shown, text, span.text.strip(), turn, kind))
+      frame = (*[None] * len(shown), Text(text))
+      visible = [s for s in document.spans[:i] if s.branch in (0, span.branch)]
+      if any(isinstance(s, Text) and s.special for s in visible):
+        frame = _dialogue(visible, end)
+        said = [s.text for s in visible if isinstance(s, Text) and not s.special]
+        text = said[-1] if said else ''
+      found.append(Question(shown, text, span.text.strip(), turn, kind, frame))
   return found
+
+
+def _dialogue(visible: Sequence[Any], end: str) -> tuple[Any, ...]:
+  """All that stands before an answer, as untrained text of the trunk."""
+  frame: list[Any] = []
+  for span in visible:
+    if not isinstance(span, Text):
+      frame.append(None)
+    elif span.trained:
+      # An empty text keeps it from being read with what stands before.
+      frame += [Text(''), Text(span.text), Text(end, special=True)]
+    else:
+      frame.append(dataclasses.replace(span, branch=0))
+  return tuple(frame)
 
 
 def derange(groups: Sequence[Any], seed: int = 0) -> list[int | None]:
@@ -99,7 +132,10 @@ def spread(count: int, limit: int | None) -> list[int]:
 
 
 def collect(
-  dataset: Any, to_example: Callable[[Document], Example]
+  dataset: Any,
+  to_example: Callable[[Document], Example],
+  before: Callable[[int], tuple[Any, ...]] | None = None,
+  end: str = '',
 ) -> tuple[list[Asked], list[Example], collections.Counter]:
   """All questions of a dataset, and the prompts to answer.
 
@@ -109,6 +145,9 @@ def collect(
   Args:
     dataset: `[i] -> Document`, `len`.
     to_example: of a document with something trained.
+    before: of a document's index, the spans before its questions, supports say; the
+      same before the three prompts of a question.
+    end: see `questions`.
 
   Returns:
     (questions in the order of the data, pool of prompts, documents left out by
@@ -119,17 +158,20 @@ def collect(
   for index in range(len(dataset)):
     try:
       document = dataset[index]
-      found = questions(document)
+      found = questions(document, end)
+      if before is not None:
+        front = before(index)
+        found = [dataclasses.replace(q, frame=(*front, *q.frame)) for q in found]
       pixels = [_decoded(s) for s in _media(document.spans)]
       own, blank = [], []
       for q in found:
         shown = [pixels[place] for place in q.media]
         places = tuple((index, place) for place in q.media)
-        own.append(pool.add(places, lambda shown=shown: shown, q.text))
+        own.append(pool.add(places, lambda shown=shown: shown, q.frame))
         sizes = tuple((kind_of(s), *media.native_size(s)) for s in shown)
         grey = [_blank(s) for s in shown]
         blank.append(
-          pool.add(sizes, lambda grey=grey: grey, q.text) if shown else own[-1]
+          pool.add(sizes, lambda grey=grey: grey, q.frame) if shown else own[-1]
         )
       good.append((index, document, found, own, blank))
     except BadDocument as error:
@@ -146,7 +188,7 @@ def collect(
         chosen = _swapped([_media(document.spans)[i] for i in q.media], donated)
         places = tuple((other, place) for place in chosen)
         shuffled = pool.add(
-          places, lambda d=donated, c=chosen: [_decoded(d[i]) for i in c], q.text
+          places, lambda d=donated, c=chosen: [_decoded(d[i]) for i in c], q.frame
         )
       record = dict(index=index, document=document.id or str(index), turn=q.turn)
       record.update(type=q.type, question=q.text.strip(), answer=q.answer)
@@ -161,38 +203,43 @@ class _Pool:
   def __init__(self, to_example):
     self.prompts: list[Example] = []
     self._to_example = to_example
-    self._known: dict[Any, int] = {}  # (key, text) -> place of the prompt
-    self._media: dict[Any, tuple] = {}  # key -> (media arrays, their layout)
-    self._layouts: dict[Any, Example] = {}  # (layout, text) -> a prompt of that shape
+    self._known: dict[Any, int] = {}  # (key, frame) -> place of the prompt
+    self._media: dict[Any, tuple] = {}  # (key, frame's head) -> (media arrays, layout)
+    self._layouts: dict[Any, Example] = {}  # (layout, frame) -> a prompt of that shape
 
-  def add(self, key: Any, media_of: Callable[[], Sequence], text: str) -> int:
+  def add(
+    self, key: Any, media_of: Callable[[], Sequence], frame: tuple[Any, ...]
+  ) -> int:
     """The place of a prompt; `key` names its media, made only when new.
 
     Raises:
       BadDocument: see `to_example`.
     """
-    if (key, text) not in self._known:
-      self.prompts.append(self._example(key, media_of, text))
-      self._known[key, text] = len(self.prompts) - 1
-    return self._known[key, text]
+    if (key, frame) not in self._known:
+      self.prompts.append(self._example(key, media_of, frame))
+      self._known[key, frame] = len(self.prompts) - 1
+    return self._known[key, frame]
 
-  def _example(self, key, media_of, text) -> Example:
-    # Prompts of one text after media of one layout differ in their pixels alone.
-    if key in self._media:
-      arrays, layout = self._media[key]
-      if (layout, text) in self._layouts:
-        return dataclasses.replace(self._layouts[layout, text], media=arrays)
-    spans = media_of()
+  def _example(self, key, media_of, frame) -> Example:
+    # What stands up to the last item says where the items are, what comes after not.
+    items = [i for i, span in enumerate(frame) if not isinstance(span, Text)]
+    head = key, frame[: items[-1] + 1 if items else 0]
+    # Prompts of one frame around media of one layout differ in their pixels alone.
+    if head in self._media:
+      arrays, layout = self._media[head]
+      if (layout, frame) in self._layouts:
+        return dataclasses.replace(self._layouts[layout, frame], media=arrays)
+    media = iter(media_of())
+    spans = [next(media) if span is None else span for span in frame]
     # The prompt ends where the answer would begin: an answer of no words, without
     # its end token.
-    answer = (Text(text, trained=False), Text('', trained=True))
-    whole = self._to_example(Document((*spans, *answer)))
+    whole = self._to_example(Document((*spans, Text('', trained=True))))
     fields = [f.name for f in dataclasses.fields(whole) if f.name != 'media']
     prompt = Example(**{f: getattr(whole, f)[:-1] for f in fields}, media=whole.media)
     grids = tuple((k, m.positions.tobytes()) for k, m in sorted(prompt.media.items()))
     layout = (tuple(map(kind_of, spans)), grids)
-    arrays, _ = self._media.setdefault(key, (prompt.media, layout))
-    self._layouts.setdefault((layout, text), prompt)
+    arrays, _ = self._media.setdefault(head, (prompt.media, layout))
+    self._layouts.setdefault((layout, frame), prompt)
     return dataclasses.replace(prompt, media=arrays)
 
 

@@ -6,7 +6,8 @@
 
 The answer is right if it is the reference, character by character. A model that
 answers from the words alone scores the same on all three (Goyal et al.,
-1612.00837; Thomason et al., 1811.00613).
+1612.00837; Thomason et al., 1811.00613). With `shots`, each question stands behind so
+many answered ones of another split, the same ones in all three.
 """
 
 import collections
@@ -23,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mmjax import sharding
 from mmjax.batch import BankBudget, Budget
-from mmjax.data import example, media, pack
+from mmjax.data import example, fewshot, media, pack
 from mmjax.data.document import Image
 from mmjax.eval import metrics, prompts
 
@@ -79,6 +80,9 @@ class Vqa:
   every: int = 0
   limit: int | None = None
   published: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  shots: int = 0
+  shots_embeddings: Sequence[str] | None = None
+  pool: Any = None
   generate: Callable | None = None
 
   def __post_init__(self):
@@ -86,6 +90,8 @@ class Vqa:
       value = getattr(self, name)
       if value is not None and value < 1:
         raise ValueError(f'eval.vqa.{name} = {value}; it must be positive')
+    if self.shots < 0:
+      raise ValueError(f'eval.vqa.shots = {self.shots}; it must not be negative')
 
   def run(self, params: Any, step: int = 0, *, full: bool = False) -> Result:
     """Answers the questions three times and counts.
@@ -142,7 +148,14 @@ class Vqa:
       prompt_attention=self.prompt_attention,
       image_positions=self.image_positions,
     )
-    return prompts.collect(self.dataset, to_example)
+    before = None
+    if self.shots:
+      files = dict(
+        zip(('dataset_embeddings', 'pool_embeddings'), self.shots_embeddings or ())
+      )
+      before = fewshot.build(self.dataset, self.shots, self.pool, **files).before
+    end = self.dataset.tokenizer.end_name
+    return prompts.collect(self.dataset, to_example, before, end)
 
   @functools.cached_property
   def _budget(self) -> Budget:

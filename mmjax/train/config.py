@@ -54,6 +54,8 @@ def defaults() -> ConfigDict:
         rules=dict(),  # of the preparation: fields of mmjax.data.rules.Rules
         mixture=dict(),  # instead, by name: path, source, options, rules, weight
         tokenizer='bytes',
+        chat_template=OPTIONAL(str),  # how dialogues are written, see mmjax.data.chat
+        delimiters=OPTIONAL(str),  # around images, see mmjax.data.delimiters
         split='train',
         rows=8,  # rows of one step, over all devices and processes
         image=dict(),  # fields of mmjax.data.media.ImageRule
@@ -63,6 +65,12 @@ def defaults() -> ConfigDict:
         prompt_attention='causal',
         image_positions='grid',
         augment=(),  # names of mmjax.data.augment.AUGMENTATIONS
+        shots=dict(  # support documents before each one, see mmjax.data.fewshot
+          count=0,
+          split=OPTIONAL(str),  # where they come from; None = from among the documents
+          embeddings=(),  # .npy files: of the documents, of the split; () = at random
+          trained=False,
+        ),
         budget=dict(stream=1024, targets=256, image=dict(), audio=dict(), video=dict()),
         workers=0,
         max_bad_share=0.01,

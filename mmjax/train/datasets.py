@@ -41,6 +41,8 @@ def prepare(config: ConfigDict, devices=None) -> None:
       of['path'],
       tokenizer=config.data.tokenizer,
       rules=of['rules'],
+      chat_template=config.data.chat_template,
+      delimiters=config.data.delimiters,
       workers=config.data.workers,
       **of['options'],
     )
@@ -59,10 +61,27 @@ def load(config: ConfigDict) -> Any:
   sources = {name: of for name, of in _sources(config).items() if name in names}
   found = {name: Dataset(of['path'], config.data.split) for name, of in sources.items()}
   for name, of in sources.items():
-    _refuse_other(of, config.data.tokenizer, found[name].meta)
+    _refuse_other(of, config, found[name].meta)
+  found = {name: _with_shots(one, config) for name, one in found.items()}
   if not config.data.mixture:
     return found['']
   return Mixture(found, config_lib.weights(config.data.mixture))
+
+
+def _with_shots(dataset: Any, config: ConfigDict) -> Any:
+  """The dataset with the support documents of `config.data.shots`."""
+  from mmjax.data import fewshot
+  from mmjax.data.store import Dataset
+
+  shots = config.data.shots
+  if not shots.count:
+    return dataset
+  other = shots.split not in (None, config.data.split)
+  pool = Dataset(dataset.path, shots.split) if other else None
+  files = dict(zip(('dataset_embeddings', 'pool_embeddings'), shots.embeddings))
+  return fewshot.build(
+    dataset, shots.count, pool, seed=config.seed, trained=shots.trained, **files
+  )
 
 
 def where(config: ConfigDict) -> str:
@@ -82,9 +101,10 @@ def _sources(config: ConfigDict) -> dict[str, dict[str, Any]]:
   }  # fmt: skip
 
 
-def _refuse_other(of: dict[str, Any], tokenizer: str, meta: dict[str, Any]) -> None:
-  wanted = {'source': of['source'], 'tokenizer': tokenizer}
+def _refuse_other(of: dict[str, Any], config: ConfigDict, meta: dict[str, Any]) -> None:
+  wanted = {'source': of['source'], 'tokenizer': config.data.tokenizer}
   wanted |= {key: of[key] for key in ('options', 'rules') if of[key]}
+  wanted |= {key: config.data[key] for key in ('chat_template', 'delimiters')}
   for key, value in wanted.items():
     if value is not None and meta.get(key) not in (None, value):
       raise ValueError(

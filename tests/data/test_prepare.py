@@ -12,9 +12,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import soundfile
+import tokenizers
 
 from mmjax.data import prepare as prepare_lib
 from mmjax.data import sources
+from mmjax.data import tokenizer as tokenizer_lib
 from mmjax.data.document import BadDocument, Document, Image, Text, Video
 from mmjax.data.example import to_example
 from mmjax.data.media import ImageRule, decode_image
@@ -417,3 +419,37 @@ def test_tfds_features_become_spans(tmp_path):
 def test_sources_are_plain_data():
   for name, cls in sources.SOURCES.items():
     assert dataclasses.is_dataclass(cls), name
+
+
+def test_delimiters_stand_in_the_documents_and_in_the_lengths(folder):
+  texts = ['what? a b c']
+  made = tokenizer_lib.train_bpe(texts, 270)
+  library = tokenizers.Tokenizer.from_str(made._content.decode())
+  library.add_special_tokens(['<s>', '</s>'])
+  library.save(str(folder / 't.json'))
+  spec = dict(tokenizer=str(folder / 't.json'), end='</s>')
+  run(folder, delimiters='llama', **spec)
+  data = Dataset(folder / 'out', 'train')
+  first = data[0].spans[0]
+  assert (first.text, first.special, first.trained) == ('<s>', True, False)
+  begin = data.tokenizer.token_id('<s>')
+  example = to_example(
+    data[0], tokenizer=data.tokenizer, rules={'image': ImageRule(2, 'fixed', size=4)},
+    slots=lambda item: item.grid,
+  )  # fmt: skip
+  assert example.tokens[0] == begin and list(example.tokens).count(begin) == 1
+  assert len(example) == data.index.text_tokens[0] + 4
+  with pytest.raises(ValueError, match='was prepared with delimiters='):
+    run(folder, **spec)
+  with pytest.raises(ValueError, match="the tokenizer has no special token '<s>'"):
+    prepare(f'jsonl:{folder / "d.jsonl"}', folder / 'b', delimiters='llama')
+
+
+def test_dialogues_are_written_by_a_template(folder):
+  run(folder, chat_template='plain')
+  spans = Dataset(folder / 'out', 'train')[0].spans
+  assert [(s.text, s.trained) for s in spans[1:]] == [('what?', False), ('a', True)]
+  with pytest.raises(ValueError, match="no special token '<.im_start.>'"):
+    prepare(f'jsonl:{folder / "d.jsonl"}', folder / 'b', chat_template='chatml')
+  with pytest.raises(ValueError, match="unknown chat template 'chatlm'"):
+    prepare(f'jsonl:{folder / "d.jsonl"}', folder / 'b', chat_template='chatlm')

@@ -1,5 +1,6 @@
 """Tokenizers: lossless where they promise it, equal to the libraries' own."""
 
+import functools
 import io
 import json
 import pickle
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmjax.data import tokenizer as lib
+from mmjax.data import vocabularies
 
 TEXTS = ['what color is the circle?', ' red', 'is there a blue shape?', ' yes'] * 9
 unicode_text = st.text(st.characters(exclude_categories=['Cs']))
@@ -177,3 +179,119 @@ def test_sentencepiece_takes_special_tokens_where_asked(sentencepiece_file):
   assert tokenizer.encode('red</s>', special=True) == [*red, end]
   assert end not in tokenizer.encode('red</s>')
   assert (tokenizer.token_id('</s>'), tokenizer.token_id('e')) == (end, None)
+
+
+@functools.cache
+def llama_like():
+  """A SentencePiece model as Llama's: nothing normalised, bytes for what it lacks."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(TEXTS),
+    model_writer=model,
+    model_type='bpe',
+    vocab_size=320,
+    minloglevel=2,
+    hard_vocab_limit=False,
+    byte_fallback=True,
+    normalization_rule_name='identity',
+    remove_extra_whitespaces=False,
+    user_defined_symbols=['<start_of_turn>', '<table>'],
+  )
+  return lib.SentencePieceTokenizer(model.getvalue())
+
+
+@functools.cache
+def llama_like_json():
+  """The like of it as a tokenizer.json, as Hugging Face converts it."""
+  words = ['<s>', '</s>', '<unk>', *(f'<0x{b:02X}>' for b in range(256))]
+  words += ['▁', *'redblu', 're', '▁re', '▁red']
+  merges = [('r', 'e'), ('▁', 're'), ('▁re', 'd')]
+  ids = {word: i for i, word in enumerate(words)}
+  model = tokenizers.models.BPE(ids, merges, unk_token='<unk>', byte_fallback=True)
+  made = tokenizers.Tokenizer(model)
+  normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+  made.normalizer = normalizers.Sequence(
+    [normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')]
+  )
+  made.decoder = decoders.Sequence(
+    [
+      decoders.Replace('▁', ' '),
+      decoders.ByteFallback(),
+      decoders.Fuse(),
+      decoders.Strip(' ', 1, 0),
+    ]
+  )
+  made.add_special_tokens(['<s>', '</s>'])
+  return lib.JsonTokenizer(made.to_str().encode())
+
+
+LOSSLESS = {
+  'bytes': lib.ByteTokenizer,
+  'bpe': lambda: BPE,
+  'sentencepiece': llama_like,
+  'llama json': llama_like_json,
+}
+
+
+@pytest.mark.parametrize('kind', LOSSLESS)
+@given(unicode_text | st.text(st.sampled_from(' \n\tre<table>|</s>\u00e9'), max_size=9))
+def test_every_text_comes_back(kind, text):
+  tokenizer = LOSSLESS[kind]()
+  text = text.replace('\u2581', '_')
+  ids = tokenizer.encode(text)
+  assert tokenizer.decode(ids) == text
+  assert not set(ids) & set(tokenizer.special.values())
+  # As parts of a whole, whoever's words they are.
+  parts = [('red', True), (text, False), (tokenizer.end_name, True), (text, False)]
+  whole = f'red{text}{tokenizer.end_name}{text}'
+  assert tokenizer.decode(lib.encode_parts(tokenizer, parts), special=True) == whole
+  assert tokenizer.decode(lib.encode_parts(tokenizer, parts)).replace(' ', '') == (
+    f'red{text}{text}'.replace(' ', '')
+  )
+
+
+@pytest.mark.parametrize('kind', LOSSLESS)
+def test_special_tokens_are_left_out_or_kept(kind):
+  tokenizer = LOSSLESS[kind]()
+  ids = [*tokenizer.encode('red'), tokenizer.end_id]
+  assert tokenizer.decode(ids) == 'red'
+  assert tokenizer.decode(ids, special=True) == f'red{tokenizer.end_name}'
+  assert tokenizer.special[tokenizer.end_name] == tokenizer.end_id
+
+
+@pytest.mark.parametrize('kind', LOSSLESS)
+@given(st.text(st.sampled_from(' redblu\n'), max_size=6))
+def test_text_that_goes_on_is_what_the_whole_ends_in(kind, text):
+  tokenizer = LOSSLESS[kind]()
+  end, more = tokenizer.encode('\n'), tokenizer.encode(f'\n{text}')
+  if more[: len(end)] == end:  # else the text merged with what it follows
+    assert tokenizer.encode(text, goes_on=True) == more[len(end) :]
+
+
+def test_pieces_that_are_markup_are_found_in_no_text():
+  tokenizer = llama_like()
+  turn = tokenizer.token_id('<start_of_turn>')
+  assert turn not in tokenizer.encode('red <start_of_turn>red')
+  assert turn in tokenizer.encode('red <start_of_turn>red', special=True)
+  assert tokenizer.token_id('<table>') is None  # but a word like others
+  assert len(tokenizer.encode('<table>', goes_on=True)) == 1
+
+
+def test_sentencepiece_with_defaults_gives_back_what_it_made_of_a_text(
+  sentencepiece_file,
+):
+  tokenizer = lib.from_spec(str(sentencepiece_file))
+  once = tokenizer.decode(tokenizer.encode('  the \uff52ed\n circle '))
+  assert once == 'the red circle' == tokenizer.decode(tokenizer.encode(once))
+
+
+@given(st.text(st.sampled_from('Re dé,[]\n'), max_size=12))
+def test_wordpiece_gives_back_what_it_made_of_a_text(text):
+  letters = 'redé,[]'
+  words = ['[UNK]', '[SEP]', *letters, *(f'##{c}' for c in letters), 'red']
+  content = vocabularies.of_wordpiece('vocab.txt', '\n'.join(words).encode())
+  tokenizer = lib.JsonTokenizer(content)
+  ids = tokenizer.encode(text)
+  assert tokenizer.encode(tokenizer.decode(ids)) == ids
+  kept = tokenizer.decode(ids).replace(' ', '')
+  assert kept == text.lower().replace('é', 'e').replace(' ', '').replace('\n', '')

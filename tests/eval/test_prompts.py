@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from mmjax.data import chat, fewshot
 from mmjax.data.document import Document, Image, Text
 from mmjax.data.example import to_example
 from mmjax.data.media import ImageRule
@@ -188,3 +189,59 @@ def test_swapped_media_go_around_when_the_other_document_has_fewer():
     [[16, 32, 48], [64, 80, 64], [128, 128, 128]],
     [[64, 80], [16, 32], [128, 128]],
   ]
+
+
+def _example_up_to(document, answers):
+  """The example of a document without the slots of so many answer tokens at its end."""
+  whole = EXAMPLE(document)
+  fields = [f.name for f in dataclasses.fields(whole) if f.name != 'media']
+  return dataclasses.replace(whole, **{f: getattr(whole, f)[:-answers] for f in fields})
+
+
+def test_a_dialogue_is_asked_with_its_template_and_earlier_turns():
+  turns = [chat.Turn('system', 'be brief'), chat.Turn('user', (_image(7), 'what?')),
+           chat.Turn('assistant', 'cat'), chat.Turn('user', (_image(9), 'and?')),
+           chat.Turn('assistant', 'dog')]  # fmt: skip
+  end = ByteTokenizer().end_name
+  template = dataclasses.replace(chat.TEMPLATES['plain'], user=('U:', '\n'))
+  data = [chat.document(turns, template)]
+  asked, pool, bad = collect(data, EXAMPLE, end=end)
+  assert not bad
+  assert [q.record['question'] for q in asked] == ['what?', 'and?']
+  for q, upto in zip(asked, (3, 5)):
+    want = chat.document(turns[:upto], template)
+    prompt, want = pool[q.own], _example_up_to(want, len('cat') + 1)
+    for field in ('tokens', 'order', 'last', 'until', 'positions', 'source'):
+      np.testing.assert_array_equal(getattr(prompt, field), getattr(want, field))
+    for field in ('values', 'items', 'item_order'):
+      np.testing.assert_array_equal(
+        getattr(prompt.media['image'], field), getattr(want.media['image'], field)
+      )
+
+
+def test_supports_stand_before_all_three_prompts_and_hold_other_answers():
+  class Data(list):
+    tokenizer = ByteTokenizer()
+
+  data = Data(_data(6))
+  shots = fewshot.build(data, 2, seed=3)
+  asked, pool, bad = collect(data, EXAMPLE, shots.before, Data.tokenizer.end_name)
+  assert not bad and len(asked) == sum(1 + i % 4 for i in range(6))
+  for q in asked:
+    index, turn = q.record['index'], q.record['turn']
+    front = shots.before(index)
+    spans = data[index].spans
+    want = (*front, spans[0], *spans[1 + 2 * turn : 3 + 2 * turn])
+    want = _example_up_to(Document(want), len(spans[2].text) + 1)
+    for name in ('tokens', 'order', 'positions'):
+      np.testing.assert_array_equal(getattr(pool[q.own], name), getattr(want, name))
+    np.testing.assert_array_equal(
+      pool[q.own].media['image'].values, want.media['image'].values
+    )
+    text = Data.tokenizer.decode(t for t in pool[q.own].tokens.tolist() if t >= 0)
+    assert f' a{index}' not in text and text.count(' a') >= 2
+    n = len(EXAMPLE(Document((*front, Text('', True)))).media['image'].values)
+    for other in (q.shuffled, q.blank):  # only the last image is another
+      a, b = (pool[place].media['image'].values for place in (q.own, other))
+      assert np.array_equal(a[:n], b[:n]) and len(pool[other].tokens) >= n
+    assert (pool[q.blank].media['image'].values[n:] == 128).all()

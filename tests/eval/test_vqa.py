@@ -14,9 +14,11 @@ from mmjax import sharding
 from mmjax.data.document import Audio, BadDocument, Document, Image, Text
 from mmjax.data.media import ImageRule
 from mmjax.data.tokenizer import ByteTokenizer
+from mmjax.data.writer import Writer
 from mmjax.eval import build_evaluators, report
 from mmjax.eval.prompts import questions
 from mmjax.eval.vqa import Vqa, summarise
+from mmjax.train import config as config_lib
 
 RULE = ImageRule(patch=4, resize='longest', size=16)
 
@@ -258,3 +260,43 @@ def test_wrong_evaluators_and_fields_are_told_with_the_closest():
     _build(config)
   with pytest.raises(ValueError, match='no dataset at nowhere'):
     _build(_config())
+
+
+def test_shots_are_asked_of_another_split_and_negative_ones_refused():
+  data, train = _data(6), _data(9)
+  seen = []
+
+  def remember(model, params, batch, *, max_new, end_id):
+    seen.append(batch.bank['image'].items.shape)
+    return looks(model, params, batch, max_new=max_new, end_id=end_id)
+
+  vqa = _vqa(data, remember, shots=2, pool=train)
+  found = vqa.run({}).metrics
+  assert seen[0][1] > 0 and found['vqa/count'] == sum(1 + i % 4 for i in range(6))
+  assert max(len(e.media['image'].item_order) for e in vqa._prepared[1]) == 3
+  with pytest.raises(ValueError, match='eval.vqa.shots = -1'):
+    _vqa(data, shots=-1)
+
+
+def test_supports_come_from_another_split_unless_told(tmp_path):
+  with Writer(tmp_path / 'd', ByteTokenizer(), {}) as writer:
+    for i, document in enumerate(_data(6)):
+      writer.add('train' if i < 4 else 'test', document)
+  config = config_lib.resolve(ml_collections.ConfigDict(dict(
+    data=dict(path=str(tmp_path / 'd'), image=dict(patch=4, resize='longest', size=16),
+              budget=dict(stream=64, targets=8, image=dict(patches=16, items=1))),
+  )))  # fmt: skip
+  mesh = sharding.make_mesh({'data': -1}, jax.devices()[:1])
+
+  def pool(**said):
+    config.eval = dict(vqa=dict(shots=1, **said))
+    made = build_evaluators(
+      config, model=Model(), mesh=mesh, rules=sharding.rules_for('dp')
+    )
+    return made['vqa'].pool
+
+  assert pool().split == 'train'
+  assert pool(shots_split='test') is None  # of itself, but no document of itself
+  assert pool(split='train') is None
+  with pytest.raises(ValueError, match="no split 'tset'"):
+    pool(shots_split='tset')

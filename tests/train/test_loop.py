@@ -180,6 +180,21 @@ def test_two_steps_then_two_equal_four(run):
   assert losses[0] == losses[1]
 
 
+def test_support_documents_stand_in_the_rows_of_a_run(run):
+  assert run(2) == 'done'
+  assert run(2, 'shots', data=dict(shots=dict(count=1))) == 'done'
+  alone, behind = (lines(run.workdir.parent / name) for name in ('a', 'shots'))
+  # As many answers are trained of a document, which takes twice the room.
+  assert alone[0]['data/targets'] / alone[0]['data/documents'] == pytest.approx(
+    behind[0]['data/targets'] / behind[0]['data/documents'], rel=0.1
+  )
+  assert behind[0]['data/tokens'] / behind[0]['data/documents'] == pytest.approx(
+    2 * alone[0]['data/tokens'] / alone[0]['data/documents'], rel=0.1
+  )
+  with pytest.raises(ValueError, match='60 supports out of 59 documents'):
+    run(2, 'many', data=dict(shots=dict(count=60)))
+
+
 def test_the_same_command_after_the_end_does_nothing(run):
   run(2)
   before = lines(run.workdir), list(run.evaluator.runs)
