@@ -7,8 +7,12 @@ moved, scaled, turned and recoloured a little every time.
 Model: a ViT over 8 x 8 patches and a text encoder that sees both ways, InfoNCE over the
 256 pairs of a step.
 
-Expect: not run to the end yet. After 60 steps (4 epochs) R@1 and R@10 are 1.2 % and
-9.1 % from picture to name, 0.8 % and 8.4 % back; chance is 0.03 % and 0.26 %.
+Expect: half an hour on two cores that had other work, 1.1 M parameters. Among all 3,786
+drawings of Google, after 900 steps (61 epochs):
+  picture to name  R@1 16.2 %, R@5 35.2 %, R@10 44.7 %, median rank 15
+  name to picture  R@1 18.1 %, R@5 39.9 %, R@10 50.2 %, median rank 10
+by chance R@1 0.03 %, R@5 0.13 %, R@10 0.26 %. Its subcategory (99) is right for 3.4 %,
+less than the commonest one would be (13.0 %): it knows names, not classes.
 
 The packages, once (nothing is downloaded by mmjax):
   npm install --prefix data/npm emoji-datasource-twitter@16.0.0 \\
