@@ -76,7 +76,6 @@ def get_config(variant: str = '') -> ConfigDict:
     config.optim.freeze = ('*/norm/mean', '*/norm/var')  # statistics stay
     config.optim.multipliers = (('vision/*', 0.1), ('text/*', 0.1))
     config.train.steps = 100
-    config.train.accumulate = 4
   if variant == 'tiny':
     config.data.update(path='data/emoji', tokenizer='bpe:1024', rows=8)
     config.init = ConfigDict()
