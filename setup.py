@@ -39,14 +39,18 @@ setuptools.setup(
     'orbax-checkpoint>=0.11.30',
     'pillow>=11',
     'pyarrow>=17',
+    'pyspng>=0.1.4',
     'safetensors>=0.8',
     'sentencepiece',
+    'simplejpeg>=1.9',
     'tensorboardX',
     'tensorflow-datasets>=4.9.9',
     'tokenizers>=0.21',
     'tqdm',
   ],
   extras_require={
+    # 150 MB, and it can't share an environment with opencv-python.
+    'area': ['opencv-python-headless'],
     'quickstart': ['easy-vqa==1.0'],
     # Sound and video from files.
     'media': ['av>=16', 'soundfile>=0.13', 'soxr>=1'],
@@ -56,6 +60,7 @@ setuptools.setup(
       'av>=16',
       'easy-vqa==1.0',
       'hypothesis',
+      'opencv-python-headless',
       'psutil',
       'pytest>=8',
       'pytest-xdist',

@@ -21,6 +21,7 @@ in which arrays are {dtype, shape, data}, and nothing can carry code. Text that 
 
 import dataclasses
 import io
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
@@ -59,10 +60,15 @@ class Text:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Image:
-  """An image: an encoded file's bytes, or u8[H, W, 3]."""
+  """An image: an encoded file's bytes, or u8[H, W, 3].
+
+  `change`, from pixels to pixels, is what augmentation does to it once it is
+  decoded. It leaves the native size alone, whatever the shape that comes out.
+  """
 
   content: bytes | np.ndarray
   branch: int = 0
+  change: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -188,6 +194,8 @@ def _pack(span: Span) -> list[Any]:
     return [*fields, True] if span.special else fields
   if kind == 'image':
     content = span.content
+    if span.change is not None:
+      raise BadDocument('bad_span', 'an augmented image is never stored')
     return ['image', branch, content if isinstance(content, bytes) else _png(content)]
   if kind == 'audio':
     return ['audio', branch, _pack_array(span.wave, 1), float(span.rate)]

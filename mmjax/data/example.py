@@ -173,8 +173,8 @@ def _last_item(example):
 def _patches(span, rule):
   """(grid of patches, their times or None for 0, 1, 2, ..., the patches)."""
   if isinstance(span, Image):
-    pixels = media_lib.pixels(span, rule.max_pixels)
-    return rule.grid(*pixels.shape[:2]), None, rule.patches(pixels)
+    grid, values = rule.patches_of(span)
+    return grid, None, values
   size = media_lib.native_size(span)
   times = rule.times(*size) if hasattr(rule, 'times') else None
   return rule.grid(*size), times, rule.patches(span)

@@ -64,7 +64,8 @@ def defaults() -> ConfigDict:
         image_attention='block',
         prompt_attention='causal',
         image_positions='grid',
-        augment=(),  # names of mmjax.data.augment.AUGMENTATIONS
+        augment=(),  # names of mmjax.data.augment.AUGMENTATIONS, or with fields
+        # dict(name='crop', scale=(0.5, 1.0))
         shots=dict(  # support documents before each one, see mmjax.data.fewshot
           count=0,
           split=OPTIONAL(str),  # where they come from; None = from among the documents
