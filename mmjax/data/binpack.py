@@ -4,8 +4,10 @@ strata  documents laid in a line, alike beside alike, and cut into groups so tha
         what the largest of a group needs is hardly more than what all of it needs:
         a tree of halves, each along the resource that costs most (k-d tree)
 pack    a row starts with the largest left, goes on with what is shaped like the
-        room that is left (Panigrahy et al. 2011, "Heuristics for vector bin
-        packing"), and is closed by the one or two that leave the least over
+        room that is left, whatever its size (after Panigrahy et al. 2011,
+        "Heuristics for vector bin packing", who take the largest dot product; the
+        angle alone keeps short documents of many images for long ones of few),
+        and is closed by the one or two that leave the least over
 
 room 10, needs 6 6 5 4 3 3 3 1  ->  [6 4] [6 3 1] [5 3] [3]
 
@@ -19,6 +21,7 @@ import numpy as np
 _SCALE = 1 << 20
 _NOTHING = 1024  # a loss of one part in so many is none
 _FEW, _LITTLE = 64, 24  # and in so few documents, so that each meets others, this one
+_MANY = 4096  # of types that a row looks at; the next row at others
 _PAIRS = (96, 384)  # of types that are tried to close a row
 
 
@@ -94,7 +97,8 @@ def pack(vectors: np.ndarray, counts: np.ndarray, room: np.ndarray):
   types = _Types(vectors[order], counts[order], price)
   out = []
   while len(order):
-    row = _close(types, room)
+    skip = -(-len(order) // _MANY)
+    row = _close(types, room, np.arange(len(out) % skip, len(order), skip))
     which, each = np.unique(row, return_counts=True)
     times = int((types.left[which] // each).min())
     out.append((order[row], times))
@@ -112,19 +116,22 @@ class _Types:
     self.columns = np.ascontiguousarray(vectors.T)  # i64[K, U]
     self.left, self.price = left, price
     self.value = price @ self.columns
+    # The square root is exact to the last bit on every machine.
+    squares = sum((p * c) ** 2 for p, c in zip(price, self.columns))
+    self.length = np.maximum(np.sqrt(squares).astype(np.int64), 1)
 
   def only(self, keep):
     new = object.__new__(_Types)
     new.columns = np.ascontiguousarray(self.columns[:, keep])
-    new.left, new.price, new.value = self.left[keep], self.price, self.value[keep]
+    new.left, new.price = self.left[keep], self.price
+    new.value, new.length = self.value[keep], self.length[keep]
     return new
 
 
-def _close(types: _Types, room: np.ndarray) -> list[int]:
-  """The types of one row with as little left over as was found."""
+def _close(types: _Types, room: np.ndarray, fits: np.ndarray) -> list[int]:
+  """The types of one row, the largest and some of `fits`, with little left over."""
   columns, left, value = types.columns, types.left, types.value
   row, room = [0], room - columns[:, 0]
-  fits = np.arange(len(left))
   best, least = row, int(types.price @ room)
   while True:
     free = int(types.price @ room)
@@ -149,7 +156,7 @@ def _close(types: _Types, room: np.ndarray) -> list[int]:
     # What is left over of a resource says how much of it the next should need.
     shape = room * types.price >> 8
     aligned = sum(s * p * c[fits] for s, p, c in zip(shape, types.price, columns))
-    row = [*row, int(fits[aligned.argmax()])]
+    row = [*row, int(fits[(aligned // types.length[fits]).argmax()])]
     room = room - columns[:, row[-1]]
 
 
