@@ -206,7 +206,6 @@ def test_sources_are_counted_and_documents_are_theirs(paths):
       for segment in range(1, segments.max() + 1):
         here = tokens[segments == segment]
         name = {'l': 'long', 's': 'short'}[chr(here[0])]
-        counts |= {}
         counts[f'{name}/documents'] += 1
         counts[f'{name}/tokens'] += len(here)
     for name in paths:
