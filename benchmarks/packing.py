@@ -38,7 +38,7 @@ import numpy as np
 NAMES = ('stream', 'targets', 'image/patches', 'image/items')
 MIXTURES = {
   # stream, patches, items
-  'mmc4': (4096, 57 * 256, 128),
+  'mmc4': (4096, 56 * 256, 128),
   'obelics': (8192, 3840, 128),
   'captions': (2048, 1888, 64),
 }
