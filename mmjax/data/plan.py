@@ -19,6 +19,7 @@ their shares (mixture), and all hosts agree: it depends on integers only.
 
 import bisect
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
@@ -32,6 +33,8 @@ from mmjax.data.deck import Deck
 from mmjax.data.document import KINDS, BadDocument
 from mmjax.data.mixture import Shares
 from mmjax.data.shuffle import hashed
+
+_CHUNK = 2**19  # documents whose items are looked at together
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,42 +66,47 @@ class Lengths:
       rules: by media kind, how an item becomes patches; the kinds of the result.
       slots: the model's answer to how many stream slots an item takes.
     """
-    N = len(index.text_tokens)
-    stream = index.text_tokens.astype(np.int64)
-    owner = np.repeat(np.arange(N), np.diff(index.item_offsets))
-    names, media, refused, largest = ['stream', 'targets'], [], {}, 0
+    N, offsets = len(index.text_tokens), index.item_offsets
+    kinds = [kind for kind in KINDS if kind in rules]
+    media = [f'{kind}/{what}' for kind in kinds for what in ('patches', 'items')]
+    needs = np.zeros((N, 2 + len(media)), np.int64)
+    needs[:, 0], needs[:, 1] = index.text_tokens, index.targets
+    refused, largest, seen = {}, 0, {kind: {} for kind in kinds}
 
     def refuse(reason, documents):
       before = refused.get(reason, np.zeros(0, np.int64))
       refused[reason] = np.union1d(before, documents)
 
-    for code, kind in enumerate(KINDS):
-      here = index.item_kind == code
-      documents = owner[here]
-      if kind not in rules:
-        if len(documents):
-          refuse(f'unsupported_{kind}', documents)
-        continue
-      sizes, which = np.unique(index.item_size[here], axis=0, return_inverse=True)
-      which = which.reshape(-1)
-      counts = np.zeros((len(sizes), 2), np.int64)  # patches, slots
-      for i, size in enumerate(sizes.tolist()):
-        try:
-          grid = _grid(kind, size, rules[kind])
-          counts[i] = np.prod(grid), np.prod(slots(Item(kind, grid)))
-        except BadDocument as error:
-          refuse(error.reason, documents[which == i])
-      largest = max(largest, int(counts[:, 1].max(initial=0)))
-      media += [
-        _sums(documents, counts[which, 0], N),
-        np.bincount(documents, minlength=N),
-      ]
-      names += [f'{kind}/patches', f'{kind}/items']
-      stream += _sums(documents, counts[which, 1], N)
+    for start in range(0, N, _CHUNK):
+      end = min(start + _CHUNK, N)
+      items = slice(int(offsets[start]), int(offsets[end]))
+      owner = np.repeat(np.arange(end - start), np.diff(offsets[start : end + 1]))
+      for code, kind in enumerate(KINDS):
+        here = index.item_kind[items] == code
+        documents = owner[here]
+        if kind not in rules:
+          if len(documents):
+            refuse(f'unsupported_{kind}', start + documents)
+          continue
+        sizes, which = _distinct(index.item_size[items][here])
+        counts = np.zeros((len(sizes), 2), np.int64)  # patches, slots
+        for i, size in enumerate(map(tuple, sizes.tolist())):
+          if size not in seen[kind]:
+            seen[kind][size] = _counts(kind, size, rules[kind], slots)
+          counts[i], reason = seen[kind][size]
+          if reason:
+            refuse(reason, start + documents[which == i])
+        largest = max(largest, int(counts[:, 1].max(initial=0)))
+        patches, slots_ = (_sums(documents, c[which], end - start) for c in counts.T)
+        column = 2 + 2 * kinds.index(kind)
+        needs[start:end, 0] += slots_
+        needs[start:end, column] = patches
+        needs[start:end, column + 1] = np.bincount(documents, minlength=end - start)
+    stream, targets = needs[:, 0], needs[:, 1]
     refuse('empty', np.flatnonzero(stream == 0))
-    refuse('nothing_trained', np.flatnonzero((stream > 0) & (index.targets == 0)))
-    needs = np.stack([stream, index.targets.astype(np.int64), *media], axis=1)
-    return cls(tuple(names), needs, {r: d for r, d in refused.items() if len(d)}, largest)
+    refuse('nothing_trained', np.flatnonzero((stream > 0) & (targets == 0)))
+    refused = {reason: found for reason, found in refused.items() if len(found)}
+    return cls(('stream', 'targets', *media), needs, refused, largest)
 
   def __len__(self) -> int:
     return len(self.needs)
@@ -262,6 +270,27 @@ def _grid(kind, size, rule):
   if height * width > getattr(rule, 'max_pixels', height * width):
     raise BadDocument('too_many_pixels', f'{height} x {width}')
   return rule.grid(height, width) if kind == 'image' else rule.grid(*size)
+
+
+def _counts(kind, size, rule, slots):
+  """((patches, slots), why it can't be used or None) of an item of that size."""
+  try:
+    grid = _grid(kind, size, rule)
+    return (np.prod(grid), np.prod(slots(Item(kind, grid)))), None
+  except BadDocument as error:
+    return (0, 0), error.reason
+
+
+def _distinct(sizes: np.ndarray):
+  """(distinct sizes, which of them each is), by one number for each where that fits."""
+  base = [int(most) + 1 for most in sizes.max(axis=0, initial=0)]
+  if int(sizes.min(initial=0)) < 0 or math.prod(base) >= 2**63:
+    found, which = np.unique(sizes, axis=0, return_inverse=True)
+    return found, which.reshape(-1)
+  t, height, width = sizes.astype(np.int64).T
+  key, which = np.unique((t * base[1] + height) * base[2] + width, return_inverse=True)
+  rest, width = np.divmod(key, base[2])
+  return np.stack([*np.divmod(rest, base[1]), width], axis=1), which
 
 
 def _sums(owner, values, N):

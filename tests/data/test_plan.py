@@ -205,6 +205,23 @@ def test_lengths_against_a_plain_count():
   assert lengths.refused == {}
 
 
+@pytest.mark.parametrize('most', [20, 2**31 - 1])  # the second fit no single number
+def test_lengths_are_the_same_in_chunks(monkeypatch, most):
+  rng = np.random.default_rng(1)
+  items = [
+    [(0, *rng.integers(1, most, 3)) for _ in range(rng.integers(0, 4))] for _ in range(30)
+  ]
+  index = index_of(rng.integers(0, 3, 30), rng.integers(0, 3, 30), items)
+  rules = {'image': Refusing()}
+  whole = Lengths.of(index, rules, lambda item: item.grid)
+  monkeypatch.setattr('mmjax.data.plan._CHUNK', 7)
+  cut = Lengths.of(index, rules, lambda item: item.grid)
+  assert (whole.needs == cut.needs).all() and whole.largest_item == cut.largest_item
+  assert whole.refused.keys() == cut.refused.keys()
+  for reason, documents in whole.refused.items():
+    assert documents.tolist() == cut.refused[reason].tolist()
+
+
 def test_what_no_budget_helps_is_refused():
   index = index_of(
     [5, 5, 0, 5, 5, 5],
