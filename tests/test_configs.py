@@ -13,6 +13,8 @@ from mmjax.train.loop import _refuse_uneven
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / 'configs').glob('*.py'))
 
 LARGE = {
+  'encoded_easy_vqa_stage1': 6_000_000,
+  'encoded_easy_vqa_stage2': 6_000_000,
   'flamingo_docs': 160_000_000,
   'lit_emoji': 30_000_000,
 }  # with what is read from files

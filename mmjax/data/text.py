@@ -53,7 +53,8 @@ def _ids(document, tokenizer, stretch, goes_on=False) -> list[int]:
   first = stretch[0]
   try:
     if len(stretch) == 1 and not first.special:
-      ids = tokenizer.encode(first.text, goes_on=goes_on)
+      more = {'goes_on': True} if goes_on else {}
+      ids = tokenizer.encode(first.text, **more)
     else:
       parts = [(span.text, span.special) for span in stretch]
       ids = tokenizer_lib.encode_parts(tokenizer, parts, goes_on)

@@ -111,7 +111,7 @@ def build(config: ConfigDict, vocab_size: int, devices=None) -> Parts:
 
 def rules_of(config: ConfigDict) -> dict[str, Any]:
   """By media kind of the budget, the rule that `config.data.<kind>` describes."""
-  kinds = [kind for kind in _RULES if config.data.budget[kind]]
+  kinds = [kind for kind in _RULES if config.data.budget.get(kind)]
   return {k: fields_of(config.data[k], _RULES[k], f'data.{k}') for k in kinds}
 
 

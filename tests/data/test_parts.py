@@ -261,10 +261,18 @@ def test_too_many_unusable_records_stop_it_and_more_may_be_allowed(folder, capsy
 def in_terminal(args):
   """A process at the far end of a terminal: (process, our end)."""
   ours, theirs = pty.openpty()
+  # What runs between fork and exec is run by the new process itself: JAX allows no fork.
+  takes_it = (
+    'import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);'
+    ' os.execv(sys.argv[1], sys.argv[1:])'
+  )
   process = subprocess.Popen(
-    args, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-    preexec_fn=lambda: __import__('fcntl').ioctl(0, __import__('termios').TIOCSCTTY, 0),
-  )  # fmt: skip
+    [sys.executable, '-c', takes_it, *args],
+    stdin=theirs,
+    stdout=theirs,
+    stderr=theirs,
+    start_new_session=True,
+  )
   os.close(theirs)
   return process, ours
 

@@ -217,10 +217,12 @@ def test_every_document_once_an_epoch(path):
 
 
 def test_a_step_over_the_end_of_an_epoch_is_the_rows_on_either_side(path):
-  made = pipeline(path)
-  step = made.plan.num_rows // ROWS  # the first that straddles
+  epoch = pipeline(path).plan.num_rows
+  rows = next(n for n in range(ROWS, epoch) if epoch % n)
+  made = pipeline(path, rows=rows)
+  step = epoch // rows  # the first that straddles
   (loaded,) = steps(made, 1, start=step)
-  singles = steps(pipeline(path, rows=1), ROWS, start=step * ROWS)
+  singles = steps(pipeline(path, rows=1), rows, start=step * rows)
   (joined,) = assembled([[x] for x in singles])
   assert digest(joined) == digest(loaded.batch)
   assert int(singles[0].stats['epoch']) == 0

@@ -256,7 +256,7 @@ def test_other_things_at_the_place_are_left_alone(folder):
 @pytest.mark.parametrize(
   'source, options, match',
   [
-    ('csv:a', {}, 'choose among: easy_vqa, emoji, html, jsonl, tfds'),
+    ('csv:a', {}, 'choose among: coco, easy_vqa, emoji, html, jsonl, .*webdataset'),
     ('jsonl', {}, 'should read jsonl:FILE'),
     ('easy_vqa:1', {}, 'should read easy_vqa'),
     ('jsonl:nowhere.jsonl', {}, 'no such file'),
