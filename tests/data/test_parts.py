@@ -162,6 +162,11 @@ def kill_in_the_middle(folder, out, after):
   process.wait()
   assert process.returncode == -signal.SIGKILL and not (folder / out).exists()
   process.stderr.close()
+  for _ in range(100):  # workers die with their parent, but may end a part before
+    if not running(folder):
+      break
+    time.sleep(0.1)
+  assert not running(folder)
   return {p.name for p in work.glob('work-*/0*') if p.name.isdecimal()}
 
 
@@ -183,11 +188,6 @@ def test_killed_again_and_again_it_goes_on(folder, monkeypatch):
   monkeypatch.setenv('MARK', str(folder))
   here(folder, 'whole', tokenizer='bpe:300')
   finished = kill_in_the_middle(folder, 'out', after=3)
-  for _ in range(100):  # workers die with their parent
-    if not running(folder):
-      break
-    time.sleep(0.1)
-  assert not running(folder)
 
   os.rename(folder / 'd.jsonl', folder / 'gone')
   args = command(folder, 'out', seconds=0.01)
