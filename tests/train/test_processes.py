@@ -72,12 +72,22 @@ def config(tmp_path_factory):
   return file
 
 
+def cached(folder):
+  """Settings with which processes of one folder compile a program but once."""
+  return {
+    'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
+
+
 def start(config, workdir, *args, script='train.py', **environment):
   """A process of a script; what it says goes to a file, .err() reads it."""
   command = [sys.executable, str(ROOT / script)]
   command += [f'--config={config}'] if config else []
+  folder = pathlib.Path(config).parent if config else workdir.parent
   env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT),
-         'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', **environment}  # fmt: skip
+         'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', **cached(folder),
+         **environment}  # fmt: skip
   workdir.parent.mkdir(exist_ok=True)
   errors = workdir.with_name(f'{workdir.name}-{time.monotonic_ns()}.err')
   with errors.open('w') as stderr:
