@@ -19,8 +19,9 @@ from mmjax import sharding
 from mmjax.data.document import Document, Image, Text
 from mmjax.data.tokenizer import ByteTokenizer
 from mmjax.data.writer import Writer
+from mmjax.train import build, datasets, processes
+from mmjax.train import config as config_lib
 from mmjax.train import log as log_lib
-from mmjax.train import processes
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 40
@@ -65,10 +66,17 @@ def config(tmp_path_factory):
   with Writer(folder / 'broken', ByteTokenizer(), {}, shard_bytes=1) as out:
     for i in range(40):
       out.add('train', document(i, rng))
-  shard = sorted((folder / 'broken' / 'train').glob('documents-*'))[7]
-  shard.write_bytes(bytes(shard.stat().st_size))
   file = folder / 'shades.py'
   file.write_text(CONFIG.replace('DATA', repr(str(folder / 'data'))))
+  # One that process 1 loads: process 0 can't end without JAX ending the others.
+  made = config_lib.load(str(file))
+  made.data.path = str(folder / 'broken')
+  dataset, rules = datasets.load(made), build.rules_of(made)
+  budget = build.budget_of(made, rules)
+  model = build.model_of(made, dataset.tokenizer.vocab_size, budget)
+  (bad, *_) = build.pipeline_of(made, dataset, model, budget, rules).plan.row(4)
+  shard = sorted((folder / 'broken' / 'train').glob('documents-*'))[bad]
+  shard.write_bytes(bytes(shard.stat().st_size))
   return file
 
 
