@@ -7,7 +7,10 @@ end its errors with the same words.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar('T')
 
 
 def closest(word: object, choices: Iterable[object]) -> str:
@@ -16,3 +19,14 @@ def closest(word: object, choices: Iterable[object]) -> str:
   near = difflib.get_close_matches(str(word), choices, n=1)
   hint = f'; did you mean {near[0]!r}?' if near else ''
   return f'{hint} (choices: {", ".join(choices)})'
+
+
+def pick(what: str, name: object, table: Mapping[str, T]) -> T:
+  """The entry of that name; `what` the table is of stands in the error.
+
+  Raises:
+    ValueError: there is none; says which is near and lists those there are.
+  """
+  if name not in table:
+    raise ValueError(f'unknown {what} {name!r}{closest(name, table)}')
+  return table[name]

@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmjax.names import closest
+from mmjax.names import closest, pick
 
 MESH_AXES = ('slice', 'data', 'fsdp', 'tensor', 'context', 'expert')
 _ROWS = ('slice', 'data', 'fsdp')  # what the rows of a batch are split over
@@ -105,9 +105,7 @@ def rules_for(preset: str, overrides: Rules | None = None) -> Rules:
   Raises:
     ValueError: unknown preset, axis name or mesh axis.
   """
-  if preset not in RULES:
-    raise ValueError(f'unknown sharding preset {preset!r}{closest(preset, RULES)}')
-  rules = dict(RULES[preset])
+  rules = dict(pick('sharding preset', preset, RULES))
   for name, axes in (overrides or {}).items():
     if name not in rules:
       raise ValueError(f'sharding rule for unknown axis {name!r}{closest(name, rules)}')

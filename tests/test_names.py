@@ -1,4 +1,6 @@
-from mmjax.names import closest
+import pytest
+
+from mmjax.names import closest, pick
 
 
 def test_the_closest_name_and_all_there_are():
@@ -9,3 +11,10 @@ def test_the_closest_name_and_all_there_are():
   assert closest('x', table) == ' (choices: flamingo, unified)'
   assert closest(3, (1, 30)) == "; did you mean '30'? (choices: 1, 30)"
   assert closest('x', iter(())) == ' (choices: )'
+
+
+def test_an_entry_by_its_name():
+  table = {'unified': 1, 'flamingo': None}
+  assert pick('model', 'unified', table) == 1 and pick('model', 'flamingo', table) is None
+  with pytest.raises(ValueError, match="^unknown model 'unifed'; did you mean 'unified'"):
+    pick('model', 'unifed', table)

@@ -24,7 +24,7 @@ import PIL.ImageEnhance
 import PIL.ImageOps
 
 from mmjax.data.document import Document, Image, Text
-from mmjax.names import closest
+from mmjax.names import closest, pick
 
 _SIDES = re.compile(r'\b(left|right)(\b|-|most|hand|ward)', re.IGNORECASE)
 _WHITE, _GREY = (255, 255, 255), (128, 128, 128)
@@ -269,11 +269,7 @@ def build(augmentations: Sequence[str | Mapping[str, Any]]) -> tuple[Any, ...]:
   for one in augmentations:
     fields = {'name': one} if isinstance(one, str) else dict(one)
     name = fields.pop('name', None)
-    if name not in AUGMENTATIONS:
-      raise ValueError(
-        f'unknown augmentation {name!r}{closest(str(name), AUGMENTATIONS)}'
-      )
-    kind = AUGMENTATIONS[name]
+    kind = pick('augmentation', name, AUGMENTATIONS)
     known = [f.name for f in dataclasses.fields(kind)]
     for field in fields:
       if field not in known:

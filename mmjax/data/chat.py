@@ -21,9 +21,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mmjax.data.delimiters import need
+from mmjax.data.delimiters import mark, need
 from mmjax.data.document import Audio, BadDocument, Document, Image, Span, Text, Video
-from mmjax.names import closest
+from mmjax.names import pick
 
 ROLES = ('system', 'user', 'assistant')
 # What other formats call them.
@@ -148,24 +148,13 @@ TEMPLATES = {
 }
 
 
-def template_of(name: str) -> Template:
-  """The template of this name.
-
-  Raises:
-    ValueError: there is none; lists those there are.
-  """
-  if name not in TEMPLATES:
-    raise ValueError(f'unknown chat template {name!r}{closest(name, TEMPLATES)}')
-  return TEMPLATES[name]
-
-
 def check(name: str, tokenizer: Any) -> None:
   """Sees to it that a tokenizer has what a template needs.
 
   Raises:
     ValueError: an unknown template, no such special token, or another end token.
   """
-  need(f'chat template {name!r}', template_of(name), tokenizer)
+  need(f'chat template {name!r}', pick('chat template', name, TEMPLATES), tokenizer)
 
 
 def document(
@@ -191,11 +180,11 @@ def document(
     ValueError: an unknown template.
   """
   if isinstance(template, str):
-    template = template_of(template)
+    template = pick('chat template', template, TEMPLATES)
   turns = _checked(turns, template, id, prompt)
   if template.default is not None and turns[0].role != 'system':
     turns.insert(0, Turn('system', template.default))
-  spans = [_mark(template.begin)]
+  spans = [mark(template.begin)]
   inside: list[Span] = []  # a system's turn that waits for the user's
   for turn in turns:
     said = _said(turn, template, id)
@@ -204,12 +193,12 @@ def document(
       continue
     before, after = getattr(template, turn.role)
     if turn.role == 'system' and template.inside:
-      inside = [_mark(before), *said, _mark(after)]
+      inside = [mark(before), *said, mark(after)]
     else:
-      spans += [_mark(before), *inside, *said, _mark(after)]
+      spans += [mark(before), *inside, *said, mark(after)]
       inside = []
   if prompt:
-    spans += [_mark(template.assistant[0]), Text('', trained=True)]
+    spans += [mark(template.assistant[0]), Text('', trained=True)]
   if template.media_first:
     spans.sort(key=lambda span: isinstance(span, Text))  # stable
   kept = [s for s in spans if not isinstance(s, Text) or s.text or s.trained]
@@ -275,12 +264,8 @@ def _answer(said: list[Span], trained: bool, template: Template) -> list[Span]:
     text = (left if i == texts[0] else '') + said[i].text
     said[i] = Text(text + (right if i == texts[-1] else ''), trained)
   # Trained text is closed by the end token by itself.
-  close = [] if trained else [_mark(template.end or '')]
-  return [_mark(before), *said, *close, _mark(after)]
-
-
-def _mark(text: str) -> Text:
-  return Text(text, special=True)
+  close = [] if trained else [mark(template.end or '')]
+  return [mark(before), *said, *close, mark(after)]
 
 
 def _checked(turns, template, id, prompt) -> list[Turn]:

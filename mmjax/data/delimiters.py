@@ -15,7 +15,7 @@ import dataclasses
 from typing import Any
 
 from mmjax.data.document import Document, Span, Text
-from mmjax.names import closest
+from mmjax.names import pick
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,24 +64,13 @@ DELIMITERS = {
 }
 
 
-def delimiters_of(name: str) -> Delimiters:
-  """The entry of this name.
-
-  Raises:
-    ValueError: there is none; lists those there are.
-  """
-  if name not in DELIMITERS:
-    raise ValueError(f'unknown delimiters {name!r}{closest(name, DELIMITERS)}')
-  return DELIMITERS[name]
-
-
 def check(name: str, tokenizer: Any) -> None:
   """Sees to it that a tokenizer has what the delimiters need.
 
   Raises:
     ValueError: unknown delimiters, no such special token, or another end token.
   """
-  need(f'delimiters {name!r}', delimiters_of(name), tokenizer)
+  need(f'delimiters {name!r}', pick('delimiters', name, DELIMITERS), tokenizer)
 
 
 def need(whose: str, words: Any, tokenizer: Any) -> None:
@@ -103,32 +92,32 @@ def apply(document: Document, words: str | Delimiters) -> Document:
     ValueError: unknown delimiters.
   """
   if isinstance(words, str):
-    words = delimiters_of(words)
+    words = pick('delimiters', words, DELIMITERS)
   spans: list[Span] = []
   begun = _begins(document, words.begin)
   for i, span in enumerate(document.spans):
     before = document.spans[i - 1] if i else None
     if isinstance(span, Text):
       if not begun:
-        spans.append(_mark(words.begin))
+        spans.append(mark(words.begin))
         begun = True
       asked = isinstance(before, Text) and not before.trained
       if span.trained and asked and before.branch in (0, span.branch):
-        spans.append(_mark(words.answer, span.branch))
+        spans.append(mark(words.answer, span.branch))
       spans.append(span)
       continue
     if not begun and (not words.media_first or span.branch):
-      spans.append(_mark(words.begin))
+      spans.append(mark(words.begin))
       begun = True
     follows = before is not None and not isinstance(before, Text)
     if follows and before.branch == span.branch and words.between is not None:
       spans.pop()  # what stood after the one before
-      spans.append(_mark(words.between, span.branch))
+      spans.append(mark(words.between, span.branch))
     else:
-      spans.append(_mark(words.before, span.branch))
-    spans += [span, _mark(words.after, span.branch)]
+      spans.append(mark(words.before, span.branch))
+    spans += [span, mark(words.after, span.branch)]
   if not begun:
-    spans.append(_mark(words.begin))
+    spans.append(mark(words.begin))
   kept = [s for s in spans if not isinstance(s, Text) or s.text or not s.special]
   return dataclasses.replace(document, spans=tuple(kept))
 
@@ -139,5 +128,6 @@ def _begins(document: Document, begin: str) -> bool:
   return bool(texts) and texts[0].special and texts[0].text.startswith(begin)
 
 
-def _mark(text: str, branch: int = 0) -> Text:
+def mark(text: str, branch: int = 0) -> Text:
+  """Words that aren't the data's: names of special tokens in them are these tokens."""
   return Text(text, branch=branch, special=True)

@@ -16,7 +16,7 @@ from mmjax.eval.gain import Gain, GainResult
 from mmjax.eval.retrieval import Retrieval
 from mmjax.eval.vqa import Result, Vqa
 from mmjax.eval.zeroshot import ZeroShot
-from mmjax.names import closest
+from mmjax.names import closest, pick
 
 EVALUATORS = {'gain': Gain, 'retrieval': Retrieval, 'vqa': Vqa, 'zeroshot': ZeroShot}
 
@@ -76,12 +76,10 @@ def build_evaluators(
 
   built = {}
   for name in config.eval:
-    if name not in EVALUATORS:
-      raise ValueError(f'unknown evaluator {name!r}{closest(name, EVALUATORS)}')
+    cls = pick('evaluator', name, EVALUATORS)
     fields = dict(config.eval[name])
     fields = {k: v.to_dict() if hasattr(v, 'to_dict') else v for k, v in fields.items()}
     split = fields.pop('split', 'test')
-    cls = EVALUATORS[name]
     known = inspect.signature(cls).parameters
     from_split = 'train'
     if 'pool' in known:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from mmjax.names import closest
+from mmjax.names import closest, pick
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -248,10 +248,9 @@ def build(
   Raises:
     ValueError: an unknown name or option, or a pattern that matches nothing.
   """
-  if name not in OPTIMIZERS:
-    raise ValueError(f'unknown optimizer {name!r}{closest(name, OPTIMIZERS)}')
+  kind = pick('optimizer', name, OPTIMIZERS)
   options = dict(options or {})
-  allowed = list(inspect.signature(OPTIMIZERS[name]).parameters)[1:]
+  allowed = list(inspect.signature(kind).parameters)[1:]
   for key in options:
     if key not in allowed:
       raise ValueError(f'optimizer {name!r} has no option {key!r}{closest(key, allowed)}')
@@ -273,7 +272,7 @@ def build(
     return jax.tree.map(lambda t, x: x if t else None, trained, tree)
 
   parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-  parts.append(OPTIMIZERS[name](names, **options))
+  parts.append(kind(names, **options))
   if weight_decay:
     parts.append(optax.add_decayed_weights(weight_decay, live(decayed)))
   if multipliers:
