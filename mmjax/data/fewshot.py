@@ -330,8 +330,7 @@ def build(
   *,
   seed: int = 0,
   trained: bool = False,
-  dataset_embeddings: str | None = None,
-  pool_embeddings: str | None = None,
+  files: Sequence[str] = (),
 ) -> FewShot:
   """The dataset with k supports, random ones or, given embeddings, the nearest.
 
@@ -340,8 +339,8 @@ def build(
     k: supports of each.
     pool: where they come from; the dataset itself by default.
     seed, trained: see `FewShot`.
-    dataset_embeddings, pool_embeddings: .npy files f[count, D], a row per document;
-      the second only where there is a pool.
+    files: .npy files of embeddings f[count, D], a row per document: of the dataset and,
+      where there is one, of the pool; none = supports at random.
 
   Raises:
     ValueError: too few to choose from, embeddings of one of the two alone, or that
@@ -349,12 +348,12 @@ def build(
   """
   same = pool is None
   other = dataset if same else pool
-  if dataset_embeddings is None and pool_embeddings is None:
+  if not files:
     supports = random_supports(len(dataset), len(other), k, seed, same)
-  elif dataset_embeddings is None or (pool_embeddings is None) != same:
+  elif len(files) != 2 - same:
     raise ValueError('nearest supports need embeddings of the dataset and of the pool')
   else:
-    asked = embeddings(dataset_embeddings, len(dataset))
-    known = asked if same else embeddings(pool_embeddings, len(other))
+    asked = embeddings(files[0], len(dataset))
+    known = asked if same else embeddings(files[1], len(other))
     supports = nearest_supports(asked, known, k, same)
   return FewShot(dataset, supports, pool, trained=trained, seed=seed)

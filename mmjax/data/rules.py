@@ -12,7 +12,6 @@ dropped. What a rule takes out or drops is counted under its reason.
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 
 from mmjax.data import media
 from mmjax.data.document import BadDocument, Document, Image, Text, kind_of
+from mmjax.data.source import share_of
 from mmjax.names import closest
 
 Scorer = Callable[[np.ndarray, str], float]  # (u8[H, W, 3], text) -> similarity
@@ -234,9 +234,7 @@ class Rules:
     if self.place_images is None or not can_do_without(document):
       return document
     texts = [span.text for span in document.spans if isinstance(span, Text)]
-    key = repr((self.seed, document.id, texts)).encode(errors='surrogatepass')
-    coin = int.from_bytes(hashlib.sha256(key).digest()[:6]) / 2**48
-    if coin >= self.place_share:
+    if share_of(repr((self.seed, document.id, texts))) >= self.place_share:
       return document
     step = -1 if self.place_images == 'after' else 1  # the mirrored document's previous
     spans = tuple(_before_text(document.spans[::step]))[::step]

@@ -66,7 +66,7 @@ class Vqa2(Annotations):
 
   @staticmethod
   def entries(*trees: Any) -> list[Any]:
-    """(subset, image's number, [(question, annotation), ...]) of each image."""
+    """(subset, image's number, [(question, kinds, answer, ten), ...]) of each image."""
     questions, annotations = trees
     try:
       subset = str(questions['data_subtype'])
@@ -77,13 +77,13 @@ class Vqa2(Annotations):
         if found is None:
           bad.append(BadDocument('no_text', f'question {one["question_id"]}'))
           continue
-        {key: found[key] for key in ('question_type', 'answer_type')}
+        kinds = str(found['answer_type']), str(found['question_type'])
         gold = str(found['multiple_choice_answer']).strip()
         ten = [str(answer['answer']) for answer in found['answers']]
         if not str(one['question']).strip() or not gold:
           bad.append(BadDocument('empty_text', f'question {one["question_id"]}'))
           continue
-        images[int(one['image_id'])].append((one, found, gold, ten))
+        images[int(one['image_id'])].append((one, kinds, gold, ten))
     except (KeyError, TypeError, ValueError) as error:
       raise BadDocument(
         'bad_json',
@@ -101,8 +101,8 @@ class Vqa2(Annotations):
     content = _read(Folder(folder), subset, image)
     pairs = [(str(one['question']).strip(), gold) for one, _, gold, _ in turns]
     meta = {
-      'types': [str(found['answer_type']) for _, found, _, _ in turns],
-      'question_types': [str(found['question_type']) for _, found, _, _ in turns],
+      'types': [kind for _, (kind, _), _, _ in turns],
+      'question_types': [kind for _, (_, kind), _, _ in turns],
       'question_ids': [str(one['question_id']) for one, _, _, _ in turns],
       'answers': [json.dumps(ten, ensure_ascii=False) for _, _, _, ten in turns],
     }

@@ -150,10 +150,8 @@ class Vqa:
     )
     before = None
     if self.shots:
-      files = dict(
-        zip(('dataset_embeddings', 'pool_embeddings'), self.shots_embeddings or ())
-      )
-      before = fewshot.build(self.dataset, self.shots, self.pool, **files).before
+      files = self.shots_embeddings or ()
+      before = fewshot.build(self.dataset, self.shots, self.pool, files=files).before
     end = self.dataset.tokenizer.end_name
     return prompts.collect(self.dataset, to_example, before, end)
 

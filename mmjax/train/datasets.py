@@ -3,6 +3,8 @@
 config.data.path                     one dataset
 config.data.mixture.<name>.path      several, as shares of one; `data.path` is then
                                      what is evaluated
+
+Where `config.data.shots` says so, each document comes behind others: `data.fewshot`.
 """
 
 import logging
@@ -78,9 +80,13 @@ def _with_shots(dataset: Any, config: ConfigDict) -> Any:
     return dataset
   other = shots.split not in (None, config.data.split)
   pool = Dataset(dataset.path, shots.split) if other else None
-  files = dict(zip(('dataset_embeddings', 'pool_embeddings'), shots.embeddings))
   return fewshot.build(
-    dataset, shots.count, pool, seed=config.seed, trained=shots.trained, **files
+    dataset,
+    shots.count,
+    pool,
+    seed=config.seed,
+    trained=shots.trained,
+    files=shots.embeddings,
   )
 
 

@@ -191,8 +191,7 @@ def test_a_prepared_dataset_is_planned_with_its_supports(tmp_path):
   np.save(tmp_path / 'train.npy', np.eye(8, 4, dtype=np.float32))
   np.save(tmp_path / 'test.npy', np.eye(4, dtype=np.float32))
   made = fewshot.build(
-    test, 2, train, dataset_embeddings=str(tmp_path / 'test.npy'),
-    pool_embeddings=str(tmp_path / 'train.npy'),
+    test, 2, train, files=(str(tmp_path / 'test.npy'), str(tmp_path / 'train.npy')),
   )  # fmt: skip
   assert made.supports[:, -1].tolist() == [0, 1, 2, 3]
   plan = PackPlan(
@@ -236,7 +235,7 @@ def test_what_is_wrong_is_one_line(tmp_path):
     (lambda: fewshot.embeddings(tmp_path / 'b.npy', 3), 'No such file'),
     (lambda: fewshot.embeddings(tmp_path / 'a.npy', 3), r'are \[2, 2\], not \[3, D\]'),
     (
-      lambda: fewshot.build(data, 1, data, dataset_embeddings='a'),
+      lambda: fewshot.build(data, 1, data, files=('a',)),
       'embeddings of the dataset and of the pool',
     ),
   ):
