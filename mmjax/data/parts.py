@@ -27,6 +27,7 @@ from mmjax.data import chat, delimiters, store, workers, writer
 from mmjax.data import document as document_lib
 from mmjax.data import rules as rules_lib
 from mmjax.data.document import KINDS, BadDocument, Document, Image
+from mmjax.data.settings import Settings
 from mmjax.data.source import Source
 from mmjax.data.store import Index
 from mmjax.data.tokenizer import Tokenizer
@@ -43,25 +44,20 @@ class PartJob:
   """
 
   source: Source
-  splits: tuple[str, ...] | None
   directory: pathlib.Path
   tokenizer: Tokenizer
-  max_pixels: int
-  rules: rules_lib.Rules
-  scorer: rules_lib.Scorer | None
-  chat_template: str | None
-  delimiters: str | None
-  shard_bytes: int
+  settings: Settings
 
   def __call__(self, task: tuple[int, Sequence[str]], tick: Callable[[int], None]):
     number, pieces = task
+    given = self.settings
     fresh = self.directory / f'.{number:06d}.{os.getpid()}'
-    part = writer.Part(fresh, self.tokenizer, self.max_pixels, self.shard_bytes)
+    part = writer.Part(fresh, self.tokenizer, given.max_pixels, given.shard_bytes)
     made = _Made(self, part)
     try:
       for piece in pieces:
         try:
-          for split, document in self.source.read(piece, self.splits):
+          for split, document in self.source.read(piece, given.splits):
             made.take(split, document)
             tick(1)
         except OSError as error:
@@ -93,15 +89,16 @@ class _Made:
       if isinstance(document, BadDocument):
         raise document
       name = document.id
-      document, out = self._job.rules.apply(document, self._job.scorer)
-      if self._job.chat_template:
-        document = chat.apply(document, self._job.chat_template)
-      if self._job.delimiters:
-        document = delimiters.apply(document, self._job.delimiters)
+      given = self._job.settings
+      document, out = given.rules.apply(document, given.scorer)
+      if given.chat_template:
+        document = chat.apply(document, given.chat_template)
+      if given.delimiters:
+        document = delimiters.apply(document, given.delimiters)
       self._part.add(split, document)
       for error in out:
         self._removed.add(error, name)
-      if self._job.rules.unique_images:
+      if given.rules.unique_images:
         self._note(split, document)
     except BadDocument as error:
       self._part.drops.add(error, name)

@@ -31,55 +31,13 @@ from mmjax.data import rules as rules_lib
 from mmjax.data import tokenizer as tokenizer_lib
 from mmjax.data import writer as writer_lib
 from mmjax.data.document import BadDocument, Text
+from mmjax.data.settings import Settings
 from mmjax.data.source import Source
 
 TRAINING_TEXT = 10**8  # characters that a tokenizer is trained on, at most
 _ENOUGH = 1000  # records before the share of bad ones is looked at
 _COUNT = '{desc}: {n_fmt} docs, {rate_fmt}'  # while the total isn't known
 _BAR = '{desc}: {percentage:3.0f}%|{bar}| {n_fmt} docs, {rate_fmt}, ETA {remaining}'
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """How to prepare; see `prepare`. Only the first seven change what is made."""
-
-  splits: tuple[str, ...] | None = None
-  max_pixels: int = media.MAX_PIXELS
-  rules: rules_lib.Rules = rules_lib.Rules()
-  scorer: rules_lib.Scorer | None = None
-  chat_template: str | None = None
-  delimiters: str | None = None
-  shard_bytes: int = writer_lib.SHARD_BYTES
-  max_dropped: float = 0.5
-  workers: int = 0
-  progress: bool = True
-
-  def __post_init__(self):
-    if not 0 <= self.max_dropped <= 1:
-      raise ValueError(f'max_dropped={self.max_dropped} is no share')
-    if self.workers < 0:
-      raise ValueError(f'workers={self.workers} must be >= 0')
-    if (self.scorer is None) != (self.rules.min_similarity is None):
-      raise ValueError('a scorer and the rule min_similarity need each other')
-    if self.delimiters and self.rules.unique_images:
-      raise ValueError(
-        'the rule unique_images takes images out once delimiters stand around them;'
-        ' choose one of both'
-      )
-
-  def made_from(self) -> dict[str, Any]:
-    """What of this the data depends on, as plain data."""
-    fields = dataclasses.fields(rules_lib.Rules)
-    rules = {f.name: getattr(self.rules, f.name) for f in fields
-             if getattr(self.rules, f.name) != f.default}  # fmt: skip
-    return {
-      'requested_splits': list(self.splits) if self.splits else None,
-      'max_pixels': self.max_pixels,
-      'rules': rules,
-      'scorer': _name(self.scorer),
-      'chat_template': self.chat_template,
-      'delimiters': self.delimiters,
-    }
 
 
 def prepare(
@@ -207,8 +165,8 @@ def _make(place, work, source, pieces, info, tokenizer, settings):
   if settings.delimiters:
     delimiters_lib.check(settings.delimiters, tokenizer)
   tasks = parts_lib.group(pieces)
-  have = [parts_lib.read_part(work, number) for number in parts_lib.done(work)]
-  numbers = set(parts_lib.done(work))
+  numbers = parts_lib.done(work)
+  have = [parts_lib.read_part(work, number) for number in numbers]
   records, bad = (sum(part[key] for part in have) for key in ('records', 'bad'))
   before, finished = records, len(have)
   if have:
@@ -235,18 +193,7 @@ def _make(place, work, source, pieces, info, tokenizer, settings):
     if records >= _ENOUGH:
       _check_share(name, records, bad, part['dropped'], settings)
 
-  job = parts_lib.PartJob(
-    source,
-    settings.splits,
-    work,
-    tokenizer,
-    settings.max_pixels,
-    settings.rules,
-    settings.scorer,
-    settings.chat_template,
-    settings.delimiters,
-    settings.shard_bytes,
-  )
+  job = parts_lib.PartJob(source, work, tokenizer, settings)
   with bar:
     missing = [task for task in tasks if task[0] not in numbers]
     workers.run(job, missing, settings.workers, done, progress)
@@ -351,13 +298,6 @@ def _reuse(out, made_from, fingerprint) -> dict[str, Any]:
 
 def _digest(tree: Any) -> str:
   return hashlib.sha256(json.dumps(tree).encode()).hexdigest()
-
-
-def _name(scorer: Any) -> str | None:
-  if scorer is None or dataclasses.is_dataclass(scorer):
-    return scorer and repr(scorer)
-  named = scorer if hasattr(scorer, '__qualname__') else type(scorer)
-  return f'{named.__module__}.{named.__qualname__}'
 
 
 def _short(value: Any) -> str:
