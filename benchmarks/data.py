@@ -32,7 +32,6 @@ import multiprocessing
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -40,6 +39,7 @@ import time
 
 import numpy as np
 import PIL.Image
+from contestant import Contestant
 
 PATCH, SIDE, MOST = 16, 224, 576
 BATCH = 32
@@ -289,31 +289,15 @@ def serve(name, out, case, workers, images):
   os._exit(0)  # and all that waits for a next round
 
 
-class Process:
+class Process(Contestant):
   def __init__(self, name, workers, out, case, images):
     env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'OMP_NUM_THREADS': '1'}
     command = [sys.executable, __file__, '--serve', name, '--case', case]
     command += ['--out', str(out), '--workers', str(workers), '--images', str(images)]
-    pipe = subprocess.PIPE
-    self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env)
-    self._read()
-    self.rounds = []
-
-  def _read(self):
-    line = self.process.stdout.readline()
-    if not line:
-      raise SystemExit(f'a contestant ended early: {self.process.args}')
-    return json.loads(line)
-
-  def round(self):
-    self.process.stdin.write('go\n')
-    self.process.stdin.flush()
-    self.rounds.append(self._read())
-    return self.rounds[-1][0]
+    super().__init__(command, env)
 
   def result(self):
-    self.process.stdin.close()
-    self.process.wait()
+    self.close()
     speeds = [r[0] for r in self.rounds]
     return {
       'images_per_second': round(statistics.median(speeds)),

@@ -36,6 +36,7 @@ import tempfile
 import time
 
 import numpy as np
+from contestant import Contestant
 
 HERE = pathlib.Path(__file__).resolve().parent
 UNLOCK = ''.join(
@@ -358,7 +359,7 @@ def serve(name, case, devices, threads):
     print(json.dumps([seconds, loss, peak * 1024 / 1e9, cpu]), flush=True)
 
 
-class Process:
+class Process(Contestant):
   def __init__(self, name, case, args, preload=None):
     env = {**os.environ, 'OMP_NUM_THREADS': str(args.threads), 'JAX_PLATFORMS': 'cpu'}
     env['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
@@ -368,26 +369,10 @@ class Process:
     command += ['--devices', str(args.devices), '--threads', str(args.threads)]
     if args.threads == 1:
       command = ['taskset', '-c', str(min(os.sched_getaffinity(0))), *command]
-    pipe = subprocess.PIPE
-    self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env)
-    self.facts = self._read()
-    self.rounds = []
-
-  def _read(self):
-    line = self.process.stdout.readline()
-    if not line:
-      raise SystemExit(f'a contestant ended early: {self.process.args}')
-    return json.loads(line)
-
-  def round(self):
-    self.process.stdin.write('go\n')
-    self.process.stdin.flush()
-    self.rounds.append(self._read())
-    return self.rounds[-1][0]
+    super().__init__(command, env)
 
   def result(self):
-    self.process.stdin.close()
-    self.process.wait()
+    self.close()
     seconds = statistics.median(r[0] for r in self.rounds)
     return {
       'seconds': round(seconds, 3),

@@ -18,7 +18,9 @@ BENCHMARK = pathlib.Path(__file__).parents[2] / 'benchmarks' / 'data.py'
 def bench():
   spec = importlib.util.spec_from_file_location('bench_data', BENCHMARK)
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(BENCHMARK.parent)
+    spec.loader.exec_module(module)
   return module
 
 
