@@ -73,16 +73,46 @@ def attend(
     if T != S or min(reach) < 0:
       raise ValueError(f'attend: reach {reach} needs T == S and to be >= 0; T={T}, S={S}')
   scale = sizes['H'] ** -0.5 if scale is None else scale
+  out, _ = partial_attend(
+    q, k, v, query_tags, key_tags,
+    scale=scale, logits_soft_cap=logits_soft_cap, chunk=chunk, reach=reach,
+  )  # fmt: skip
+  return out
+
+
+def partial_attend(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  query_tags: QueryTags,
+  key_tags: KeyTags,
+  *,
+  scale: float,
+  logits_soft_cap: float | None = None,
+  chunk: int = 512,
+  reach: tuple[int, int] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Attention to some of the keys, with what it takes to join it to that of others.
+
+  Arguments as of `attend`, which has checked them.
+
+  Returns:
+    f[B, T, N, H] of v's dtype, and f32[B, T, N], the logarithm of the sum of
+    exp(logits), the least float where a query sees nothing. Both have gradients.
+  """
+  B, T, N, _ = q.shape
+  K = k.shape[2]
   part = functools.partial(_attend, scale=scale, cap=logits_soft_cap)
   # Heads first: products of whole matrices, three times as fast on CPU.
-  q = jnp.moveaxis(q.reshape(*q.shape[:2], K, N // K, -1), 1, 3)  # [B, K, G, T, H]
+  q = jnp.moveaxis(q.reshape(B, T, K, N // K, -1), 1, 3)  # [B, K, G, T, H]
   k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)  # [B, K, S, H]
   count = math.ceil(T / chunk)
   if count == 1:
-    out = part(q, k, v, query_tags, key_tags)
+    made = part(q, k, v, query_tags, key_tags)
   else:
-    out = _in_chunks(part, q, k, v, query_tags, key_tags, math.ceil(T / count), reach)
-  return jnp.moveaxis(out, 3, 1).reshape(out.shape[0], T, N, -1)
+    made = _in_chunks(part, q, k, v, query_tags, key_tags, math.ceil(T / count), reach)
+  out, lse = (jnp.moveaxis(x, 3, 1) for x in made)
+  return out.reshape(B, T, N, -1), lse.reshape(B, T, N)
 
 
 def _in_chunks(part, q, k, v, query_tags, key_tags, size, reach):
@@ -114,15 +144,19 @@ def _in_chunks(part, q, k, v, query_tags, key_tags, size, reach):
       key_tags = jax.tree.map(lambda x: near(x, 1), key_tags)
     return part(q, k, v, tags, key_tags)
 
-  out = jax.lax.map(
+  made = jax.lax.map(
     lambda xs: body(k, v, key_tags, xs), (jnp.arange(count), split(q, 3), queries)
   )
-  out = jnp.moveaxis(out, 0, 3)
-  return out.reshape(*out.shape[:3], count * size, out.shape[-1])[..., :T, :]
+
+  def join(x):  # [count, B, K, G, size, ..] -> [B, K, G, T, ..]
+    x = jnp.moveaxis(x, 0, 3)
+    return x.reshape(*x.shape[:3], count * size, *x.shape[5:])[:, :, :, :T]
+
+  return jax.tree.map(join, made)
 
 
 def _attend(q, k, v, query_tags, key_tags, *, scale, cap):
-  """q f[B, K, G, T, H], k and v f[B, K, S, H] -> f[B, K, G, T, H]."""
+  """q f[B, K, G, T, H], k and v f[B, K, S, H] -> f[B, K, G, T, H], f32[B, K, G, T]."""
   B, K, G, T, H = q.shape
   q = q.reshape(B, K, G * T, H)
   logits = jnp.einsum('BKMH,BKSH->BKMS', q, k, preferred_element_type=jnp.float32)
@@ -139,5 +173,7 @@ def _attend(q, k, v, query_tags, key_tags, *, scale, cap):
     'BKMS,BKSH->BKMH', weights.astype(v.dtype), v, preferred_element_type=jnp.float32
   )
   # A query that sees nothing has averaged everything: finite, and thrown away.
-  out = jnp.where(top > nothing, out / total, 0.0).astype(v.dtype)
-  return out.reshape(B, K, G, T, -1)
+  sees = top > nothing
+  out = jnp.where(sees, out / total, 0.0).astype(v.dtype)
+  lse = jnp.where(sees, top + jnp.log(total), nothing)
+  return out.reshape(B, K, G, T, -1), lse.reshape(B, K, G, T)
