@@ -255,8 +255,8 @@ def groups(instruction: Instruction) -> np.ndarray:
   if iota:
     return _iota(iota[2], iota[3]).reshape(_ints(iota[1]))
   mesh = re.search(
-    r'replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?'
-    r' ?\{([^}]*)\}',
+    r'replica_groups=mesh\[([^\]]*)\]'
+    r'(?:, ?device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}',
     text,
   )
   if mesh and ':' not in mesh[4]:
