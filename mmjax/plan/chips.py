@@ -14,8 +14,10 @@ its chip's numbers are halved. Where they are from:
                    chips; v4's isn't stated: assumed to be that of v5p
   usable HBM       what libtpu 0.0.42 and 0.0.50 name as available when a program doesn't
                    fit; it is less than the memory built in
-  clock            chosen so that libtpu's estimated cycles put large matrix products at
-                   0.8-0.98 of the peak; the vendor states none
+  clock            chosen so that libtpu's estimated cycles put bf16 matrix products of
+                   4,096 x 4,096 x 4,096 and 8,192 x 4,096 x 16,384 at 0.88-0.97 (v4),
+                   0.97-0.98 (v5e), 0.84-0.96 (v5p), 0.87-0.92 (v6e) and 0.83-0.85
+                   (tpu7x) of the peak; the vendor states none
   link             assumed: one direction of one link, 45 GB/s (v4, v5e) or 90 GB/s (v5p,
                    v6e, tpu7x); somewhat under the pages' totals per chip
 """

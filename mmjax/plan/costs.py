@@ -190,11 +190,21 @@ def _read(module, computation, value):
     elif user.opcode == 'fusion':
       inner = module.computations[user.calls[0]]
       for name, parameter in zip(user.operands, inner.parameters):
-        if name == value.name:
+        if name == value.name and _is_root(inner, parameter):
+          total += _read(module, computation, user)
+        elif name == value.name:
           total += _read(module, inner, parameter)
     else:
       return sum(a.bytes for a in value.arrays)
   return total
+
+
+def _is_root(computation, value):
+  """The computation gives the value back, perhaps in another shape."""
+  root = computation.root
+  while root.opcode == 'bitcast':
+    root = computation.instructions[root.operands[0]]
+  return root is value
 
 
 def _written(module, computation, root, array):
