@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from mmjax.plan import costs, hlo, wire
@@ -121,18 +122,11 @@ class Readout:
     return overlapped + wire.seconds(self.collectives, asynchronous=False)
 
 
-def first_word(name: str) -> str:
-  """'batch.stream.tokens' -> 'batch', "state.params['head']" -> 'params'."""
-  words = re.findall(r'\w+', name)
-  part = words[1] if words[:1] == ['state'] and len(words) > 1 else (words or [''])[0]
-  return {'opt_state': 'optimizer', '': 'unnamed'}.get(part, part)
-
-
 def read(
   compiled: Any,
   chip: Chip,
   mesh: Mesh,
-  label: Callable[[str], str] = first_word,
+  labels: Any = None,
 ) -> Readout:
   """Reads a program that was compiled for TPUs.
 
@@ -140,10 +134,13 @@ def read(
     compiled: of `jax.jit(f).lower(...).compile()`.
     chip: that of the mesh's devices.
     mesh: what the arguments were sharded over.
-    label: from an argument's name ("state.params['head']") to its part in `hbm`.
+    labels: names of parts of the positional arguments, for `hbm`: a tuple that is a
+      prefix of them, as ({'params': 'params', 'opt': 'optimizer'}, 'batch'); without
+      it they are 'argument 0', 'argument 1', ...
 
   Raises:
-    ValueError: the program's text can't be read (`hlo.parse`, `hlo.groups`).
+    ValueError: the program's text can't be read (`hlo.parse`, `hlo.groups`), or
+      `labels` isn't a prefix of the arguments.
   """
   module = hlo.parse(compiled.as_text())
   memory = compiled.memory_analysis()
@@ -173,7 +170,7 @@ def read(
     chip=chip,
     num_devices=mesh.size,
     hbm_peak=memory.peak_memory_in_bytes,
-    hbm=_parts(module, memory, label),
+    hbm=_parts(module, compiled, labels),
     flops=sum(op.flops for op in ops),
     hbm_bytes=sum(op.hbm_bytes for op in ops),
     collectives=sent,
@@ -185,17 +182,38 @@ def read(
   )
 
 
-def _parts(module, memory, label):
+def _parts(module, compiled, labels):
+  sizes = [
+    sum(a.bytes for a in parameter.arrays if a.space == 0)
+    for parameter in module.entry.parameters
+  ]
+  names = _names(compiled, labels)
+  # Arrays that the function closes over come first.
+  names = ['constants'] * (len(sizes) - len(names)) + names
   parts: dict[str, int] = {}
-  for parameter in module.entry.parameters:
-    part = label(parameter.source)
-    size = sum(a.bytes for a in parameter.arrays if a.space == 0)
-    parts[part] = parts.get(part, 0) + size
+  for name, size in zip(names, sizes, strict=True):
+    parts[name] = parts.get(name, 0) + size
+  memory = compiled.memory_analysis()
   outputs = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
-  held = sum(parts.values()) + outputs
+  held = sum(sizes) + outputs
   parts['outputs'] = outputs
   parts['temporaries'] = max(0, memory.peak_memory_in_bytes - held)
   return parts
+
+
+def _names(compiled, labels):
+  """The label of each argument that the program kept; unused ones are dropped."""
+  positional, named = compiled.in_avals
+  if labels is None:
+    labels = tuple(f'argument {i}' for i in range(len(positional)))
+  try:
+    names = jax.tree.leaves(jax.tree.broadcast(labels, positional))
+  except ValueError as error:
+    raise ValueError(f'labels are no prefix of the arguments: {error}') from error
+  names += ['keywords'] * len(jax.tree.leaves(named))
+  tree = jax.tree.structure((positional, named))
+  shardings = tree.flatten_up_to(compiled.input_shardings)  # None: dropped
+  return [n for n, s in zip(names, shardings, strict=True) if s is not None]
 
 
 def out_of_memory(error: BaseException | str) -> tuple[int, int] | None:
