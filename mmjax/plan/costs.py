@@ -26,6 +26,9 @@ FREE = {
 }  # fmt: skip
 _SLICES = {'dynamic-slice', 'slice', 'gather'}
 _MARKS = {'AsyncCollectiveStart', 'AsyncCollectiveDone', 'AllocateBuffer'}
+_VIEWS = {
+  'ConcatBitcast', 'AssumeGatherIndicesInBound', 'GatherScatterIndicesBitpacked',
+}  # fmt: skip
 
 
 def collective(opcode: str) -> str | None:
@@ -35,21 +38,15 @@ def collective(opcode: str) -> str | None:
 
 
 def is_kernel(instruction: Instruction) -> bool:
-  """Something runs: not a name, nor the end of what was started before."""
-  return (
-    instruction.opcode not in FREE
-    and not instruction.opcode.endswith('-done')
-    and instruction.target not in _MARKS
-  )
-
-
-def inside(module: Module, instruction: Instruction) -> Iterable[Instruction]:
-  """The instruction and, of a fusion or an async call, all within, however deep."""
-  yield instruction
-  if instruction.opcode in ('fusion', 'async-start'):
-    for name in instruction.calls:
-      for inner in module.computations[name].instructions.values():
-        yield from inside(module, inner)
+  """Something runs on arrays: not a name, nor the end of what was started before, nor
+  the scalar core's arithmetic on one number."""
+  if instruction.opcode == 'custom-call':
+    return instruction.target not in _MARKS | _VIEWS
+  if instruction.opcode in FREE or instruction.opcode.endswith('-done'):
+    return False
+  makes_arrays = any(a.dims for a in instruction.arrays)
+  whole = instruction.opcode in ('fusion', 'reduce') or collective(instruction.opcode)
+  return makes_arrays or bool(whole)
 
 
 def flops(module: Module, computation: Computation, instruction: Instruction) -> int:
