@@ -150,6 +150,8 @@ def _hbm(arrays: Iterable[Array]) -> int:
 
 def _fusion(module, operands, fusion):
   inner = module.computations[fusion.calls[0]]
+  if any(i.target == 'AsyncCollectiveStart' for i in inner.instructions.values()):
+    return _hbm(fusion.arrays)  # (operand, result, flags), for all of its pieces
   total = 0
   for operand, parameter in zip(operands, inner.parameters):
     if any(a.space == 0 for a in operand.arrays):
@@ -174,12 +176,8 @@ def _read(module, computation, value):
       total += _read(module, computation, user)
     elif user.opcode == 'tuple' or user.target in _MARKS:
       continue  # handed on
-    elif collective(user.opcode):
-      started = computation.users[user.name]
-      if any(u.target == 'AsyncCollectiveStart' for u in started) or not any(
-        'async_collective' in text for text in (user.attributes, computation.name)
-      ):
-        total += user.arrays[0].bytes + value.arrays[0].bytes
+    elif collective(user.opcode) and is_piece(user):
+      continue
     elif user.opcode in _SLICES and user.operands[0] == value.name:
       total += user.arrays[0].bytes
     elif user.opcode == 'dynamic-update-slice' and user.operands[0] == value.name:
@@ -196,6 +194,11 @@ def _read(module, computation, value):
   return total
 
 
+def is_piece(instruction):
+  """A collective that was started by another fusion goes on in this one."""
+  return 'async_collective_fusion_config' in instruction.attributes
+
+
 def _is_root(computation, value):
   """The computation gives the value back, perhaps in another shape."""
   root = computation.root
@@ -207,9 +210,9 @@ def _is_root(computation, value):
 def _written(module, computation, root, array):
   while root.opcode == 'bitcast':
     root = computation.instructions[root.operands[0]]
-  if root.opcode == 'parameter' or collective(root.opcode):
-    return 0  # handed on; a collective's bytes are counted with its operand
-  if root.target in _MARKS:
+  if root.opcode == 'parameter' or root.target in _MARKS:
+    return 0  # handed on
+  if collective(root.opcode) and is_piece(root):
     return 0
   if root.opcode == 'dynamic-update-slice':
     return computation.instructions[root.operands[1]].arrays[0].bytes

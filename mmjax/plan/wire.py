@@ -84,9 +84,7 @@ def collectives(module: hlo.Module, chip: Chip, mesh: Mesh) -> tuple[Collective,
       for inner in inside.instructions.values():
         if not costs.collective(inner.opcode):
           continue
-        part = inner.attribute('channel_id') in started and (
-          'async_collective_fusion_config' in inner.attributes
-        )
+        part = inner.attribute('channel_id') in started and (costs.is_piece(inner))
         if inner in starts or not part:
           asynchronous = inner in starts or instruction.opcode == 'async-start'
           found.append(
