@@ -145,26 +145,25 @@ def read(
   module = hlo.parse(compiled.as_text())
   memory = compiled.memory_analysis()
   sent = wire.collectives(module, chip, mesh)
+  starts = {c.name: c for c in sent}
   ops, uncounted, compute = [], [], 0.0
   for computation, instruction, times in module.executed():
     if not costs.is_kernel(instruction):
       continue
+    name, source = instruction.name, instruction.source
     flops = costs.flops(module, computation, instruction) * times
     moved = costs.hbm_bytes(module, computation, instruction) * times
     seconds = (instruction.cycles or 0) * times / chip.clock
     if instruction.target == 'tpu_custom_call':
-      if instruction.cost_estimate:
-        seconds = max(flops / (PALLAS * chip.peak), moved / chip.hbm_rate)
-      else:
-        uncounted.append(instruction.source or instruction.name)
+      if not instruction.cost_estimate:
+        uncounted.append(source or name)
+      seconds = max(flops / (PALLAS * chip.peak), moved / chip.hbm_rate)
     compute += seconds
-    links = sum(c.seconds for c in sent if c.name == instruction.name)
-    ops.append(
-      Op(
-        instruction.name, instruction.source, max(seconds, moved / chip.hbm_rate, links),
-        times, flops, moved,
-      )
-    )  # fmt: skip
+    seconds = max(seconds, moved / chip.hbm_rate)
+    if name in starts:
+      seconds = max(seconds, starts[name].seconds)
+      source = source or starts[name].source
+    ops.append(Op(name, source, seconds, times, flops, moved))
   ops.sort(key=lambda op: -op.seconds)
   return Readout(
     chip=chip,

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmjax.plan import readout
+from mmjax.plan import flops, readout
 from mmjax.plan.chips import CHIPS, GIB
 
 V5E = CHIPS['v5e']
@@ -212,10 +212,91 @@ def test_pallas_calls_count_what_they_say_and_are_named_if_they_say_nothing():
     'custom_call_target="tpu_custom_call", metadata={op_name="silent"}',
   )
   assert got.flops == 10**12
-  assert got.compute_seconds == 10**12 / (V5E.peak / 2)
+  silent = 2 * MIB / V5E.hbm_rate
+  assert got.compute_seconds == 10**12 / (V5E.peak / 2) + silent
   assert got.hbm_bytes == 4096 + 2 * MIB
   assert got.uncounted == ('silent',)
   assert got.ops[0].source == 'attend'
+
+
+INSIDE = """
+%sliced (a: f32[256,1024], i: s32[]) -> f32[8,1024] {
+  %a = f32[256,1024]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %b = f32[256,1024]{1,0} bitcast(%a)
+  %s = f32[8,1024]{1,0} dynamic-slice(%b, %i, %zero), dynamic_slice_sizes={8,1024}
+  ROOT %n = f32[8,1024]{1,0} negate(%s)
+}
+
+%updated (a: f32[256,1024], u: f32[8,1024], i: s32[]) -> f32[256,1024] {
+  %a = f32[256,1024]{1,0} parameter(0)
+  %u = f32[8,1024]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %n = f32[8,1024]{1,0} negate(%u)
+  ROOT %d = f32[256,1024]{1,0} dynamic-update-slice(%a, %n, %i, %zero)
+}
+
+%outer (a: f32[256,1024]) -> f32[256,1024] {
+  %a = f32[256,1024]{1,0} parameter(0)
+  %v = f32[256,1024]{1,0} fusion(%a), kind=kLoop, calls=%view
+  ROOT %n = f32[256,1024]{1,0} negate(%v)
+}
+
+%view (a: f32[256,1024]) -> f32[256,1024] {
+  %a = f32[256,1024]{1,0} parameter(0)
+  ROOT %b = f32[256,1024]{1,0} bitcast(%a)
+}
+"""
+ROW = 8 * 1024 * 4
+
+
+@pytest.mark.parametrize(
+  'line, moved',
+  [
+    ('f32[256,1024]{1,0} negate(%x)', 2 * MIB),
+    ('f32[256,1024]{1,0:T(8,128)S(1)} negate(%x)', MIB),  # into vector memory
+    ('f32[8,1024]{1,0} slice(%x), slice={[0:8], [0:1024]}', 2 * ROW),
+    ('f32[8,1024]{1,0} fusion(%x, %i), kind=kLoop, calls=%sliced', 2 * ROW),
+    ('f32[256,1024]{1,0} fusion(%x, %r, %i), kind=kLoop, calls=%updated', 2 * ROW),
+    ('f32[256,1024]{1,0} fusion(%x), kind=kLoop, calls=%outer', 2 * MIB),
+    ('(f32[256,1024]{1,0:S(1)}, f32[256,1024]{1,0}, u32[]) copy-start(%x)', MIB),
+    ('((f32[256,1024]{1,0}), f32[8,1024]{1,0:S(1)}, s32[]) slice-start(%x)', ROW),
+    ('f32[256,1024]{1,0} bitcast(%x)', 0),
+  ],
+)
+def test_bytes_to_and_from_hbm(line, moved):
+  scalars = ('%i = s32[]{:S(6)} constant(3)', '%r = f32[8,1024]{1,0} constant({...})')
+  got = read(*scalars, f'ROOT %y = {line}', computations=INSIDE)
+  assert got.hbm_bytes == moved
+  assert got.kernels == (moved > 0)
+
+
+@pytest.mark.parametrize(
+  'left, right, out, attributes, count',
+  [
+    # A product over 5.
+    ('8,5', '5,3', '8,3', 'dim_labels=bf_io->bf', 2 * 8 * 5 * 3),
+    # A window of 3 over 6 places, one missing at each end: 16 of 18 pairs.
+    ('2,6,5', '3,5,7', '2,6,7', 'window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f',
+     2 * 2 * 5 * 7 * 16),
+    # A batch of 4 as a dilated axis that the window meets once each.
+    ('4,8,5', '4,5,3', '4,8,3',
+     'window={size=4 stride=3 lhs_dilate=4}, dim_labels=0bf_0io->0bf',
+     2 * 4 * 8 * 5 * 3),
+    ('8,5', '5,3', '8,3', 'lhs_contracting_dims={1}, rhs_contracting_dims={0}',
+     2 * 8 * 5 * 3),
+  ],
+)  # fmt: skip
+def test_products(left, right, out, attributes, count):
+  opcode = 'convolution' if 'dim_labels' in attributes else 'dot'
+  got = read(
+    f'%l = f32[{left}] constant({{...}})',
+    f'%r = f32[{right}] constant({{...}})',
+    f'ROOT %y = f32[{out}] {opcode}(%l, %r), {attributes}',
+  )
+  assert got.flops == count
 
 
 def test_out_of_memory():
@@ -289,6 +370,23 @@ def test_gradients_are_scattered_along_fsdp_and_reduced_along_data(tpu):
   # Forward and backward; the compiler may keep a layer's from forward for backward.
   assert (2 * L - 1) * whole * 3 // 4 <= sent['all-gather', ('fsdp',)]
   assert sent['all-gather', ('fsdp',)] <= 2 * L * whole * 3 // 4
+
+
+def test_products_of_batches_and_their_gradients(tpu):
+  """Against the count in the jaxpr, which knows nothing of the compiler."""
+  chip, mesh = tpu('v5e:2x2', data=4)
+  q = shaped(mesh, (8, 256, 4, 128), 'bfloat16', 'data')
+
+  def attend(q, k, v):
+    scores = jnp.einsum('btnh,bsnh->bnts', q, k).astype(jnp.float32)
+    weights = jax.nn.softmax(scores).astype(jnp.bfloat16)
+    return jnp.sum(jnp.einsum('bnts,bsnh->btnh', weights, v).astype(jnp.float32))
+
+  gradients = jax.grad(attend, (0, 1, 2))
+  got = readout.read(jax.jit(gradients).lower(q, q, q).compile(), chip, mesh)
+  # The scores' and the four of backward; the outputs themselves aren't needed.
+  assert got.flops == 5 * 2 * 2 * 4 * 256 * 256 * 128
+  assert got.flops * mesh.size == flops.flops(gradients, q, q, q) * 5 // 6
 
 
 @pytest.mark.parametrize(
