@@ -133,6 +133,8 @@ def hbm_bytes(module: Module, computation: Computation, instruction: Instruction
     return (moved.bytes if source.space == 0 else 0) + _hbm([moved])
   if instruction.opcode.endswith('-start') and collective(instruction.opcode):
     return _hbm(out[: 2 * len(operands)])  # (operands, results, flags)
+  if instruction.opcode == 'async-start':  # ((operands), result, flags)
+    return _hbm(out)
   if instruction.opcode in _SLICES:
     source = operands[0].arrays[0]
     return (out[0].bytes if source.space == 0 else 0) + _hbm(out)

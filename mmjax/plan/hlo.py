@@ -186,7 +186,12 @@ class Module:
     if test is None or test[1].opcode != 'compare':
       return None
     where, compare, outer = test
+    body = self.computations[loop.calls[0]]
     sides = [_origin(where, name, outer, condition) for name in compare.operands]
+    sides = [
+      _Bound(_first(self, computation, loop, s)) if _unchanged(body, s) else s
+      for s in sides
+    ]
     direction = compare.attribute('direction')
     if isinstance(sides[0], _Bound):  # bound > counter
       sides.reverse()
@@ -197,9 +202,8 @@ class Module:
     if not isinstance(counter, int) or not isinstance(bound, _Bound):
       return None
     first = _first(self, computation, loop, counter)
-    body = self.computations[loop.calls[0]]
     step = _step(self, body, counter)
-    if first is None or not step:
+    if first is None or bound.value is None or not step:
       return None
     span = bound.value - first
     if direction in ('LT', 'GT', 'NE'):
@@ -209,7 +213,7 @@ class Module:
 
 @dataclasses.dataclass(frozen=True)
 class _Bound:
-  value: int
+  value: int | None
 
 
 def parse(text: str) -> Module:
@@ -356,13 +360,26 @@ def _origin(where, name, outer, top):
 
 
 def _first(module, computation, loop, index):
+  """The counter's first value; None if it is computed."""
   start = computation.instructions[loop.operands[0]]
   if start.opcode != 'tuple':
-    return 0  # handed on from elsewhere; JAX's loops count from 0
+    return None
   found = _through(module, computation, start.operands[index])
-  if found and found[1].opcode == 'constant':
-    return int(found[1].body)
-  return 0
+  if found is None or found[1].opcode != 'constant':
+    return None
+  return int(found[1].body)
+
+
+def _unchanged(body, index):
+  """A loop's body hands on this value as it got it."""
+  if not isinstance(index, int) or body.root.opcode != 'tuple':
+    return False
+  given = body.instructions[body.root.operands[index]]
+  return (
+    given.opcode == 'get-tuple-element'
+    and given.attribute('index') == str(index)
+    and body.instructions[given.operands[0]].opcode == 'parameter'
+  )
 
 
 def _step(module, body, index):

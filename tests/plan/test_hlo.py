@@ -71,6 +71,49 @@ def test_trips(test, first, bound, step, trips):
   assert times['next'] == trips and times['y'] == 1
 
 
+CARRIED = """
+%body (p: (s32[], s32[])) -> (s32[], s32[]) {
+  %p = (s32[], s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] get-tuple-element(%p), index=1
+  %two = s32[] constant(2)
+  %next = s32[] add(%two, %i)
+  ROOT %t = (s32[], s32[]) tuple(%next, %n)
+}
+
+%condition (p: (s32[], s32[])) -> pred[] {
+  %p = (s32[], s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] get-tuple-element(%p), index=1
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (x: s32[]) -> (s32[], s32[]) {
+  %x = s32[] parameter(0)
+  %first = s32[] constant(3)
+  %last = s32[] constant(9)
+  %t = (s32[], s32[]) tuple(%first, %last)
+  ROOT %loop = (s32[], s32[]) while(%t), condition=%condition, body=%body
+}
+"""
+
+
+def test_trips_up_to_a_value_that_the_loop_carries():
+  module = hlo.parse(CARRIED)
+  assert module.trips(module.entry, module.entry.root) == 3  # 3, 5, 7
+  for unknown in (
+    CARRIED.replace('tuple(%first, %last)', 'tuple(%first, %x)'),
+    CARRIED.replace('tuple(%next, %n)', 'tuple(%next, %next)'),
+  ):
+    assert hlo.parse(unknown).unknown_loops == ('loop',)
+
+
+def test_a_counter_that_starts_at_a_computed_value_is_unknown():
+  text = LOOP.replace('TEST', compare('LT')).replace('STEP', '1').replace('BOUND', '9')
+  text = text.replace('%first = s32[]{:T(128)} constant(FIRST)', '%first = s32[] iota()')
+  assert hlo.parse(text).unknown_loops == ('loop',)
+
+
 def test_a_loop_without_a_count_is_named_and_counts_once():
   module = loop(compare('LT', '%i.2', '%i.2'))
   assert module.unknown_loops == ('loop',)
