@@ -54,7 +54,7 @@ setuptools.setup(
     'quickstart': ['easy-vqa==1.0'],
     # Sound and video from files.
     'media': ['av>=16', 'soundfile>=0.13', 'soxr>=1'],
-    # The TPU compiler, to plan for pods on a machine without one (300 MB).
+    # The TPU compiler, to plan for pods on a machine without one (700 MB).
     'plan': ['jax[tpu]>=0.10'],
     # To read gs:// and s3:// while preparing data.
     'cloud': ['gcsfs', 's3fs'],
