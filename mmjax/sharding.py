@@ -245,6 +245,16 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec)
 
 
+def device() -> tuple[str, str]:
+  """(platform, kind) of what is computed on here, e.g. ('tpu', 'TPU v5 lite').
+
+  Inside of `use` these are the mesh's devices, present or not: programs are compiled
+  ahead of time for those that aren't. Else it is this process' default.
+  """
+  one = jax.sharding.get_abstract_mesh().abstract_device or jax.local_devices()[0]
+  return one.platform, one.device_kind
+
+
 def mesh_axes(name: str) -> tuple[str, ...]:
   """The mesh axes that an axis is split over here: none outside of `use`."""
   rules = _rules.get()

@@ -14,6 +14,9 @@ only the keys near it (here reach = (4, 2): 4 back, 2 ahead):
              k k k k k k k k k k                 chunk + 4 + 2 keys, shifted
   chunk 1            q q q q                     inside the stream
              k k k k k k k k k k
+
+That is XLA's way ('xla'). On TPUs a kernel takes over ('pallas'), which never has the
+logits in memory and skips what tags rule out: `ops.kernels.attention`.
 """
 
 import functools
@@ -22,10 +25,16 @@ import math
 import jax
 import jax.numpy as jnp
 
+from mmjax import sharding
 from mmjax.batch import KeyTags, QueryTags, visible
+from mmjax.names import closest
 from mmjax.shape import check
 
 Reach = int | tuple[int, int]
+
+IMPLEMENTATIONS = ('auto', 'xla', 'pallas')
+# Of fewer queries, as in decoding, the kernel would compute mostly what nobody asked.
+_KERNEL_QUERIES = 128
 
 
 def attend(
@@ -39,6 +48,7 @@ def attend(
   logits_soft_cap: float | None = None,
   chunk: int = 512,
   reach: Reach | None = None,
+  implementation: str = 'auto',
 ) -> jax.Array:
   """Softmax attention, in float32 inside; a query that sees nothing gives 0.
 
@@ -52,12 +62,16 @@ def attend(
     reach: a promise: a query sees no key that stands more than reach[0] slots
       before it, or reach[1] after it, in the same stream (T == S). Keys out of
       reach are not looked at. One number is for both ways; None = no promise.
+    implementation: xla; or pallas, a TPU's kernel (interpreted elsewhere, slowly), which
+      needs neither chunk nor reach, and segments >= 0; or auto: pallas on a TPU for 128
+      queries or more, else xla. What it is compiled for says `sharding.device`.
 
   Returns:
     f[B, T, N, H] of v's dtype.
 
   Raises:
-    ValueError: shapes that don't fit, or chunk < 1, or reach with T != S.
+    ValueError: shapes that don't fit, or chunk < 1, or reach with T != S, or an unknown
+      implementation.
   """
   sizes = check(
     'B T N H', q, 'B S K H', k, 'B S K H', v,
@@ -72,12 +86,25 @@ def attend(
     reach = (reach, reach) if isinstance(reach, int) else tuple(reach)
     if T != S or min(reach) < 0:
       raise ValueError(f'attend: reach {reach} needs T == S and to be >= 0; T={T}, S={S}')
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(
+      f'attend: unknown implementation {implementation!r}'
+      f'{closest(implementation, IMPLEMENTATIONS)}'
+    )
   scale = sizes['H'] ** -0.5 if scale is None else scale
   out, _ = partial_attend(
     q, k, v, query_tags, key_tags,
     scale=scale, logits_soft_cap=logits_soft_cap, chunk=chunk, reach=reach,
+    implementation=implementation,
   )  # fmt: skip
   return out
+
+
+def takes_kernel(implementation: str, T: int) -> bool:
+  """Whether that implementation of attention of T queries is the kernel here."""
+  if implementation == 'auto':
+    return sharding.device()[0] == 'tpu' and T >= _KERNEL_QUERIES
+  return implementation == 'pallas'
 
 
 def partial_attend(
@@ -91,6 +118,7 @@ def partial_attend(
   logits_soft_cap: float | None = None,
   chunk: int = 512,
   reach: tuple[int, int] | None = None,
+  implementation: str = 'auto',
 ) -> tuple[jax.Array, jax.Array]:
   """Attention to some of the keys, with what it takes to join it to that of others.
 
@@ -102,6 +130,15 @@ def partial_attend(
   """
   B, T, N, _ = q.shape
   K = k.shape[2]
+  if takes_kernel(implementation, T):
+    # Not before it is needed: Pallas takes a while to import.
+    from mmjax.ops.kernels.attention import attend_by_tags
+
+    platform, kind = sharding.device()
+    return attend_by_tags(
+      q, k, v, query_tags, key_tags, scale=scale, logits_soft_cap=logits_soft_cap,
+      kind=kind, interpret=platform != 'tpu',
+    )  # fmt: skip
   part = functools.partial(_attend, scale=scale, cap=logits_soft_cap)
   # Heads first: products of whole matrices, three times as fast on CPU.
   q = jnp.moveaxis(q.reshape(B, T, K, N // K, -1), 1, 3)  # [B, K, G, T, H]
