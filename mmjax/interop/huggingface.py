@@ -35,7 +35,7 @@ from mmjax.names import closest
 # Fields that change no parameter, and that a config.json says nothing of.
 FREE = {
   'dtype', 'param_dtype', 'dropout', 'remat', 'scan', 'unroll', 'chunk', 'reach',
-  'rope_sections', 'temperature_init', 'bias_init', 'max_scale',
+  'attention',  'rope_sections', 'temperature_init', 'bias_init', 'max_scale',
 }  # fmt: skip
 
 

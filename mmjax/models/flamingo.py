@@ -222,6 +222,7 @@ class Flamingo(nn.Module):
       norm=self.cross_norm,
       qk_norm=self.cross_qk_norm,
       chunk=lm.chunk,
+      attention=lm.attention,
       norm_eps=lm.norm_eps,
       dtype=lm.dtype,
       param_dtype=lm.param_dtype,

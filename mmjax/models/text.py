@@ -66,6 +66,7 @@ class Encoder(nn.Module):
   unroll: bool = False
   chunk: int = 512
   reach: int | tuple[int, int] | None = None
+  attention: str = 'auto'
   rotary: bool = False
   rotary_dim: int | None = None
   rope_base: float = 10_000.0

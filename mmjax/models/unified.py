@@ -50,7 +50,8 @@ class Unified(nn.Module):
     remat: what a layer keeps for the backward pass, see `nn.transformer.REMAT`.
     scan: one stacked layer, scanned, or layers one by one; unroll: scanned, but compiled
       as one by one: longer to compile, faster on a CPU.
-    chunk, reach: of attention, see `ops.attention.attend`.
+    chunk, reach: of attention, see `ops.attention.attend`; attention: its
+      implementation.
     max_positions: > 0 adds a learned vector per position; NaN from there on.
     rotary: rotary positions, in the first rotary_dim entries of a head (None = all);
       rope_base, rope_sections, rope_scaling: see `ops.positions`.
@@ -82,6 +83,7 @@ class Unified(nn.Module):
   unroll: bool = False
   chunk: int = 512
   reach: int | tuple[int, int] | None = None
+  attention: str = 'auto'
   rotary: bool = True
   rotary_dim: int | None = None
   rope_base: float = 10_000.0

@@ -16,7 +16,7 @@ from mmjax.names import closest
 from mmjax.nn import transformer
 from mmjax.nn.cache import KV
 from mmjax.nn.transformer import kernel_init
-from mmjax.ops.attention import attend
+from mmjax.ops.attention import IMPLEMENTATIONS, attend
 from mmjax.ops.linear import linear
 from mmjax.shape import check
 from mmjax.sharding import constrain, param
@@ -33,7 +33,7 @@ class Config:
   qk_norm: normalise each head's queries and keys (2302.05442).
   norm: of the layers made of these, see `nn.transformer`.
   out_scale: variance scale of the kernels that write to the residual stream.
-  chunk: see `ops.attention.attend`.
+  chunk: see `ops.attention.attend`; attention: its implementation.
   """
 
   embed_dim: int
@@ -49,6 +49,7 @@ class Config:
   norm: str = 'layer'
   out_scale: float = 1.0
   chunk: int = 512
+  attention: str = 'auto'
   norm_eps: float = 1e-6
   dtype: Any = 'float32'
   param_dtype: Any = 'float32'
@@ -58,6 +59,7 @@ class Config:
       ('activation', transformer.ACTIVATIONS),
       ('norm', transformer.NORMS),
       ('bias', transformer.BIAS),
+      ('attention', IMPLEMENTATIONS),
     ):
       value = getattr(self, field)
       if value not in choices:
@@ -110,11 +112,15 @@ class CrossAttention(nn.Module):
   ) -> jax.Array:
     """x f[B, T, D], kv from `keys`, tags i32[B, T] and i32[B, S] -> f[B, T, D]."""
     check('B T D', x, 'B S N H', kv.key, 'B T', query_tags.segment_ids)
+    c = self.config
     q = self._biased(linear(x, self.query), 'query')
-    if self.config.qk_norm:
+    if c.qk_norm:
       q = self.query_norm(q)
     q = constrain(q, 'batch', 'seq', 'act_heads', None)
-    y = attend(q, kv.key, kv.value, query_tags, key_tags, chunk=self.config.chunk)
+    y = attend(
+      q, kv.key, kv.value, query_tags, key_tags,
+      chunk=c.chunk, implementation=c.attention,
+    )  # fmt: skip
     y = constrain(y, 'batch', 'seq', 'act_heads', None)
     return self._biased(linear(y, self.out, 2), 'out')
 

@@ -55,7 +55,7 @@ class Resampler(nn.Module):
       the last one.
     activation, gated, norm, qk_norm: see `nn.cross_attention.Config`.
     remat: what a layer keeps for its backward pass, see `nn.transformer.REMAT`.
-    chunk, norm_eps, dtype, param_dtype: as everywhere.
+    chunk, attention, norm_eps, dtype, param_dtype: as everywhere.
   """
 
   embed_dim: int = 128
@@ -71,6 +71,7 @@ class Resampler(nn.Module):
   qk_norm: bool = False
   remat: str = 'none'
   chunk: int = 512
+  attention: str = 'auto'
   norm_eps: float = 1e-6
   dtype: Any = 'float32'
   param_dtype: Any = 'float32'
@@ -96,6 +97,7 @@ class Resampler(nn.Module):
       qk_norm=self.qk_norm,
       out_scale=1 / (2 * self.num_layers),
       chunk=self.chunk,
+      attention=self.attention,
       norm_eps=self.norm_eps,
       dtype=self.dtype,
       param_dtype=self.param_dtype,

@@ -33,7 +33,7 @@ import numpy as np
 
 from mmjax.batch import KeyTags, QueryTags
 from mmjax.nn.cache import KV, write
-from mmjax.ops.attention import attend
+from mmjax.ops.attention import IMPLEMENTATIONS, attend
 from mmjax.ops.linear import linear
 from mmjax.ops.norms import layer_norm, rms_norm
 from mmjax.ops.positions import Scaling, Sections, rotary_angles, rotate, scaled
@@ -82,6 +82,7 @@ class Config:
   unroll: bool = False
   chunk: int = 512
   reach: int | tuple[int, int] | None = None
+  attention: str = 'auto'
   rotary: bool = True
   rotary_dim: int | None = None
   rope_base: float = 10_000.0
@@ -92,7 +93,13 @@ class Config:
   param_dtype: Any = 'float32'
 
   def __post_init__(self):
-    tables = dict(activation=ACTIVATIONS, norm=NORMS, bias=BIAS, remat=REMAT)
+    tables = dict(
+      activation=ACTIVATIONS,
+      norm=NORMS,
+      bias=BIAS,
+      remat=REMAT,
+      attention=IMPLEMENTATIONS,
+    )
     for field, choices in tables.items():
       value = getattr(self, field)
       if value not in choices:
@@ -259,7 +266,10 @@ class Attention(nn.Module):
       kv = write(kv, KV(k, v), slot)
       k, v = kv
     reach = c.reach if kv is None else None
-    out = attend(q, k, v, query_tags, key_tags, chunk=c.chunk, reach=reach)
+    out = attend(
+      q, k, v, query_tags, key_tags,
+      chunk=c.chunk, reach=reach, implementation=c.attention,
+    )  # fmt: skip
     out = constrain(out, 'batch', 'seq', 'act_heads', None)
     axes = ('heads', 'head_dim', 'embed')
     init = kernel_init(c.out_scale, 2)

@@ -60,7 +60,7 @@ class Vit(nn.Module):
     patch_bias, embedding_norm, final_norm: a bias of the patches' projection; a norm
       before the layers; one after them, of all tokens, also of the class token.
     mean, std: by colour; bytes become (x - mean) / std, other values stay as they are.
-    activation, norm_eps, remat, scan, chunk, reach, dtype, param_dtype: see
+    activation, norm_eps, remat, scan, chunk, reach, attention, dtype, param_dtype: see
       `nn.transformer`. `reach` may be the patches of the largest item, less 1, unless
       there is a class token.
   """
@@ -87,6 +87,7 @@ class Vit(nn.Module):
   scan: bool = True
   chunk: int = 512
   reach: int | tuple[int, int] | None = None
+  attention: str = 'auto'
   rope_base: float = 100.0
   norm_eps: float = 1e-6
   dtype: Any = 'float32'
@@ -126,6 +127,7 @@ class Vit(nn.Module):
       remat=self.remat,
       scan=self.scan,
       chunk=self.chunk,
+      attention=self.attention,
       reach=self.reach,
       rotary=self.positions == 'rotary',
       rope_base=self.rope_base,
@@ -276,8 +278,8 @@ class MapHead(nn.Module):
     """x f[B, P, D], items i32[B, P], each i32[B, I] = 1, 2, ... -> f[B, I, D]."""
     c = self.config
     cross = cross_attention.Config(
-      c.embed_dim, c.embed_dim, c.num_heads, c.head_dim, c.mlp_dim, chunk=c.chunk,
-      attention_bias=True, dtype=c.dtype, param_dtype=c.param_dtype,
+      c.embed_dim, c.embed_dim, c.num_heads, c.head_dim, c.mlp_dim, attention_bias=True,
+      chunk=c.chunk, attention=c.attention, dtype=c.dtype, param_dtype=c.param_dtype,
     )  # fmt: skip
     D = c.embed_dim
     init = nn.initializers.normal(1.0)
