@@ -108,7 +108,8 @@ def test_bfloat16_is_near_float32():
   assert got[0][0].dtype == jnp.bfloat16 and got[0][1].dtype == jnp.float32
   for g, p, e in zip(*map(jax.tree.leaves, (got, plain, exact))):
     error = [np.abs(np.asarray(y, np.float32) - e).mean() for y in (g, p)]
-    assert error[0] < 1.2 * error[1] + 1e-6 < 0.02
+    # Beside the plain path's only roundings: dx is rounded before dq and dk are made.
+    assert error[0] < 1.5 * error[1] + 1e-6 < 0.02
 
 
 @pytest.mark.slow
@@ -150,7 +151,7 @@ def test_auto_is_by_what_it_is_compiled_for(monkeypatch):
 def test_in_a_shard_map(small_tiles):
   x = arrays(SELF_FORM, B=4)
   query, key = tags('documents', 0, 256, 256, B=4)
-  mesh = sharding.make_mesh({'data': 4, 'tensor': 2})
+  mesh = sharding.make_mesh({'data': 2, 'tensor': 2}, jax.devices()[:4])
   heads, rows = P('data', None, 'tensor'), P('data')
 
   def run(q, k, v, query, key):
