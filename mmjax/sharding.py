@@ -16,6 +16,7 @@ axis, a size that does not divide) is a `ValueError` that names the parameter.
 
 import contextlib
 import contextvars
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mmjax.batch import Bank, Stream
 from mmjax.names import closest, pick
 
 MESH_AXES = ('slice', 'data', 'fsdp', 'tensor', 'context', 'expert')
@@ -41,12 +43,13 @@ _PARAM_AXES = (
 )  # fmt: skip
 _ACT_AXES = (
   'batch', 'seq', 'kv_seq', 'act_embed', 'act_mlp', 'act_heads', 'act_kv_heads',
-  'act_experts', 'act_vocab',
+  'attend_heads', 'act_experts', 'act_vocab',
 )  # fmt: skip
 _DP = {
   **dict.fromkeys(_PARAM_AXES + _ACT_AXES),
   'batch': _ROWS,
   'seq': 'context',
+  'kv_seq': 'context',  # with 'attend_heads' or without: see `ops.context`
 }
 _FSDP = {**_DP, 'embed': 'fsdp', 'channels': 'fsdp'}
 _TENSOR = {
@@ -151,8 +154,10 @@ def to_spec(
     for name, size, entry in zip(names, shape, axes):
       parts = math.prod(mesh.shape[a] for a in _tuple(entry))
       if size % parts:
+        near = [n for n in (size // parts * parts, -(-size // parts) * parts) if n]
         raise ValueError(
-          f'{where}: axis {name!r} of size {size} does not divide over {entry} = {parts}'
+          f'{where}: axis {name!r} of size {size} does not divide over {entry} = {parts};'
+          f' {" or ".join(map(str, near))} would'
         )
   return P(*axes)
 
@@ -231,6 +236,11 @@ def outside():
     _rules.reset(token)
 
 
+def inside() -> bool:
+  """Whether this is inside of `use`."""
+  return _rules.get() is not None
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   """Places an activation by the names of its axes; nothing outside of `use`.
 
@@ -256,33 +266,65 @@ def device() -> tuple[str, str]:
 
 
 def mesh_axes(name: str) -> tuple[str, ...]:
-  """The mesh axes that an axis is split over here: none outside of `use`."""
+  """The mesh axes, those of several devices, that an axis is split over here.
+
+  None outside of `use`.
+  """
   rules = _rules.get()
-  return () if rules is None else _tuple(to_spec((name,), rules)[0])
+  if rules is None:
+    return ()
+  shape = jax.sharding.get_abstract_mesh().shape
+  return tuple(a for a in _tuple(to_spec((name,), rules)[0]) if shape[a] > 1)
 
 
 def parts(name: str) -> int:
   """Into how many parts an axis is split here: 1 outside of `use`."""
-  axes = mesh_axes(name)
-  if not axes:
-    return 1
-  mesh = jax.sharding.get_abstract_mesh()
-  return math.prod(mesh.shape[a] for a in axes)
+  shape = jax.sharding.get_abstract_mesh().shape
+  return math.prod(shape[a] for a in mesh_axes(name))
+
+
+def batch_names(batch: Any) -> Any:
+  """The names of a batch's axes, as a tree of `PartitionSpec`s like `axis_names`.
+
+  The slots of a stream and the patches of a bank are 'seq'; items are whole, and so is
+  all but the rows of what is no part of a `PackedBatch`.
+  """
+
+  def rows(leaf):
+    return P('batch', *[None] * (leaf.ndim - 1))
+
+  def slots(leaf):
+    return P('batch', 'seq', *[None] * (leaf.ndim - 2))
+
+  def one(part):
+    if not isinstance(part, Stream | Bank):
+      return rows(part)
+    names = jax.tree.map(slots, part)
+    if isinstance(part, Stream):
+      return names
+    items = {f: rows(getattr(part, f)) for f in ('item_segments', 'item_order')}
+    return dataclasses.replace(names, **items)
+
+  return jax.tree.map(one, batch, is_leaf=lambda x: isinstance(x, Stream | Bank))
 
 
 def batch_shardings(batch: Any, mesh: Mesh, rules: Rules) -> Any:
-  """Shardings of a batch: rows over the row axes, everything else whole.
+  """Shardings of a batch: rows over the row axes, slots and patches as 'seq'.
 
   Raises:
-    ValueError: the rows don't divide over the mesh.
+    ValueError: a size doesn't divide over the mesh (with the field and what would).
   """
 
-  def one(path, leaf):
+  def one(path, leaf, names):
     where = 'batch' + jax.tree_util.keystr(path)
-    names = ('batch',) + (None,) * (leaf.ndim - 1)
-    return NamedSharding(mesh, to_spec(names, rules, where, leaf.shape, mesh))
+    return NamedSharding(mesh, to_spec(tuple(names), rules, where, leaf.shape, mesh))
 
-  return jax.tree_util.tree_map_with_path(one, batch)
+  return jax.tree_util.tree_map_with_path(one, batch, batch_names(batch))
+
+
+def whole_stream(rules: Rules) -> Rules:
+  """The rules with streams and their keys not split, for streams of any length."""
+  return {**rules, 'seq': None, 'kv_seq': None}
 
 
 def row_block(rows: int, mesh: Mesh, rules: Rules) -> tuple[int, int]:
@@ -313,7 +355,8 @@ def place_batch(local: Any, global_rows: int, mesh: Mesh, rules: Rules) -> Any:
   """Builds the global batch from the rows that this process has loaded.
 
   Args:
-    local: a batch of NumPy arrays, [rows of this process' `row_block`, ...].
+    local: a batch of NumPy arrays, [rows of this process' `row_block`, ...], with
+      whole streams and banks, also where this process holds a part of them.
     global_rows: rows over all processes.
   """
 

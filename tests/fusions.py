@@ -54,17 +54,42 @@ def assert_close(got, want, rtol):
     assert error <= rtol, f'{error:.2e} for {jax.tree_util.keystr(path)}'
 
 
-def eight_devices_equal_one(model, weights, batch, rtol=1e-5):
-  """Loss and gradients on fsdp 4 x tensor 2; returns the placed parameters."""
-  want = loss_and_grads(weights, batch, model)
-  mesh = sharding.make_mesh({'fsdp': 4, 'tensor': 2})
-  rules = sharding.RULES['fsdp+tensor']
+# By name: preset, mesh and rules besides.
+MESHES = {
+  'dp8': ('dp', dict(data=8), {}),
+  'fsdp8': ('fsdp', dict(fsdp=8), {}),
+  'fsdp4 tensor2': ('fsdp+tensor', dict(fsdp=4, tensor=2), {}),
+  'context8': ('fsdp', dict(context=8), {}),
+  'mixed': ('fsdp+tensor', dict(fsdp=2, tensor=2, context=2), {}),
+  'all to all': (
+    'fsdp+tensor', dict(fsdp=2, tensor=2, context=2), {'attend_heads': 'context'}
+  ),
+}  # fmt: skip
+
+
+def on_mesh(run, model, weights, batch, mesh):
+  """run(weights, batch) where both are placed on one of `MESHES`; and the weights."""
+  preset, sizes, others = MESHES[mesh]
+  mesh, rules = sharding.make_mesh(sizes), sharding.rules_for(preset, others)
   names = sharding.axis_names(model.init, jax.random.key(0), batch)['params']
   with sharding.use(mesh, rules):
     where = sharding.shardings(names, weights, mesh, rules)
     weights = jax.device_put(weights, where)
     batch = jax.device_put(batch, sharding.batch_shardings(batch, mesh, rules))
-    got = jax.jit(lambda p, b: loss_and_grads.__wrapped__(p, b, model))(weights, batch)
+    # A new jit: another one may hold the program without constraints.
+    lowered = jax.jit(lambda p, b: run(p, b)).lower(weights, batch)
+    assert 'sharding_constraint' in lowered.as_text()
+    return lowered.compile()(weights, batch), weights
+
+
+def eight_devices_equal_one(model, weights, batch, mesh='fsdp4 tensor2', rtol=1e-5):
+  """Loss and gradients on one of `MESHES`; returns the placed parameters."""
+  want = loss_and_grads(weights, batch, model)
+
+  def run(p, b):
+    return loss_and_grads.__wrapped__(p, b, model)
+
+  got, weights = on_mesh(run, model, weights, batch, mesh)
   assert_close(got, want, rtol)
   return weights
 

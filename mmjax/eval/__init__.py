@@ -12,6 +12,7 @@
 import inspect
 from typing import Any
 
+from mmjax import sharding
 from mmjax.eval.gain import Gain, GainResult
 from mmjax.eval.retrieval import Retrieval
 from mmjax.eval.vqa import Result, Vqa
@@ -97,7 +98,8 @@ def build_evaluators(
       dataset=data,
       model=model,
       mesh=mesh,
-      rules=rules,
+      # Rows of other lengths than in training may not divide over a stream's devices.
+      rules=rules if 'budget' in known else sharding.whole_stream(rules),
       media_rules=media_rules,
       image_attention=config.data.image_attention,
       prompt_attention=config.data.prompt_attention,

@@ -127,7 +127,8 @@ class Encoder(nn.Module):
     x = self.embed(PackedBatch(s, {}))
     if self.num_types:
       types = jnp.zeros_like(s.tokens) if types is None else types
-      x = x + jnp.take(self.types, types, axis=0).astype(self.dtype)
+      table = constrain(self.types, None, None)
+      x = x + jnp.take(table, types, axis=0).astype(self.dtype)
     if self.embedding_norm:
       x = self.embed_norm(x)
     x = self.drop(x, deterministic=not train)
@@ -164,7 +165,7 @@ class Encoder(nn.Module):
       bias = self.head_bias.astype(logits.dtype)
       logits = logits + bias.reshape((1,) * (logits.ndim - 1) + (-1,))
     if logits.ndim == 3:
-      logits = constrain(logits, 'batch', None, 'act_vocab')
+      logits = constrain(logits, 'batch', 'seq', 'act_vocab')
     return logits
 
   def _heads(self, hidden):

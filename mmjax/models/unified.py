@@ -196,7 +196,7 @@ class Unified(nn.Module):
         extra = linear(hidden, self.extra_head, dtype=jnp.float32)
         logits = jnp.concatenate([logits, extra], -1)
     if logits.ndim == 3:
-      logits = constrain(logits, 'batch', None, 'act_vocab')
+      logits = constrain(logits, 'batch', 'seq', 'act_vocab')
     return logits
 
   def attention_tags(self, batch: PackedBatch) -> dict[str, AttentionTags]:

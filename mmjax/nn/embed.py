@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from mmjax.batch import PLACEHOLDER, Bank, PackedBatch
 from mmjax.nn.transformer import kernel_init
+from mmjax.ops.across import lookup, take
 from mmjax.ops.linear import linear
 from mmjax.shape import check
 from mmjax.sharding import constrain, param
@@ -55,8 +56,12 @@ class MediaProjection(nn.Module):
 def _gather(x, here, source, media):
   """x f[B, T, D] with the media f[B, P, D] that `source` names where `here`."""
   source = jnp.clip(source, 0, media.shape[1] - 1)
-  slots = jnp.take_along_axis(media, source[..., None], 1)
-  return jnp.where(here[..., None], slots, x)
+  return jnp.where(here[..., None], take(media, source), x)
+
+
+def _whole(table):
+  """A small table, on every device before it is read: what is read is larger."""
+  return constrain(table, None, None)
 
 
 class StreamEmbed(nn.Module):
@@ -112,7 +117,7 @@ class StreamEmbed(nn.Module):
       ValueError: a kind of media or its channels is not the model's.
     """
     stream = batch.stream
-    x = self._words(jnp.maximum(stream.tokens, 0)).astype(self.dtype)
+    x = self._words(jnp.maximum(stream.tokens, 0))
     if self.scale:
       x = x * self.embed_dim**0.5
     self._check(batch.bank)
@@ -133,10 +138,11 @@ class StreamEmbed(nn.Module):
       # Below 0 would count from the end; both ways out of the table are filled.
       here = stream.positions[..., 0]
       here = jnp.where(here < 0, self.max_positions, here)
-      rows = jnp.take(self.positions, here, axis=0, mode='fill')
+      rows = jnp.take(_whole(self.positions), here, axis=0, mode='fill')
       x = x + rows.astype(self.dtype)
     if self.modality:
-      x = x + jnp.take(self.kinds, kind_ids, axis=0).astype(self.dtype)
+      kinds = jnp.take(_whole(self.kinds), kind_ids, axis=0)
+      x = x + kinds.astype(self.dtype)
     return constrain(x, 'batch', 'seq', 'act_embed')
 
   def attend(self, hidden: jax.Array) -> jax.Array:
@@ -148,11 +154,11 @@ class StreamEmbed(nn.Module):
 
   def _words(self, tokens):
     if not self.extra_words:
-      return jnp.take(self.text, tokens, axis=0)
+      return lookup(self.text, tokens, self.dtype)
     V = len(self.text)
-    usual = jnp.take(self.text, jnp.minimum(tokens, V - 1), axis=0)
-    extra = jnp.take(self.extra, jnp.maximum(tokens - V, 0), axis=0)
-    return jnp.where((tokens < V)[..., None], usual, extra)
+    usual = lookup(self.text, jnp.minimum(tokens, V - 1), self.dtype)
+    extra = jnp.take(_whole(self.extra), jnp.maximum(tokens - V, 0), axis=0)
+    return jnp.where((tokens < V)[..., None], usual, extra.astype(self.dtype))
 
   def _check(self, bank: Mapping[str, Bank]) -> None:
     known = dict(self.media)

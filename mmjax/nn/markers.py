@@ -10,6 +10,7 @@ encoder made of the items apart from the stream (Flamingo, late fusion).
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from mmjax.batch import FOREVER, PLACEHOLDER, Bank, KeyTags, PackedBatch, Stream
@@ -27,8 +28,10 @@ def item_tags(
   until = jnp.full((B, I), FOREVER, jnp.int32) if old is None else old.until
   here = stream.tokens == PLACEHOLDER[kind]
   place = jnp.where(here, stream.source, I)  # I is outside, and dropped
-  rows = jnp.broadcast_to(jnp.arange(B)[:, None], place.shape)
-  until = until.at[rows, place].set(stream.until, mode='drop')
+  # By vmap the compiler knows that rows stay by themselves, where they are split.
+  until = jax.vmap(lambda x, at, new: x.at[at].set(new, mode='drop'))(
+    until, place, jnp.asarray(stream.until)
+  )
   return KeyTags(jnp.asarray(bank.item_segments), jnp.asarray(bank.item_order), until)
 
 

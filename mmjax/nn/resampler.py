@@ -140,7 +140,7 @@ class Resampler(nn.Module):
         raise ValueError('resampler: time embeddings need the frames of the tokens')
       shape, axes = (self.num_frames, D), (None, 'embed')
       table = param(self, 'time', normal, shape, axes, c.param_dtype)
-      table = table.astype(c.dtype)
+      table = constrain(table.astype(c.dtype), None, None)
       media = media + jnp.take(table, jnp.clip(times, 0, self.num_frames - 1), axis=0)
     axes = ('latents', 'embed')
     latents = param(

@@ -33,7 +33,7 @@ from mmjax.nn.features import Features
 from mmjax.nn.transformer import Config, Dense, Mlp, Transformer, unstack
 from mmjax.ops.grid import item_sizes, read_table, waves
 from mmjax.shape import check
-from mmjax.sharding import constrain, param
+from mmjax.sharding import constrain, param, parts
 
 POSITIONS = ('learned', 'sincos', 'rotary')
 POOLS = ('none', 'class', 'mean', 'map')
@@ -197,18 +197,20 @@ class Vit(nn.Module):
       token = self.class_vector
       if self.positions == 'learned':
         token = token + self.position[0]
-      tokens = jnp.broadcast_to(token.astype(x.dtype), (B, I, self.embed_dim))
+      # As many that nothing sees as the total takes to divide over devices.
+      more = -(x.shape[1] + I) % parts('seq')
+      tokens = jnp.broadcast_to(token.astype(x.dtype), (B, I + more, self.embed_dim))
       x = jnp.concatenate([x, tokens], 1)
-      segments = jnp.concatenate([items, each], 1)
-      positions = jnp.pad(positions, ((0, 0), (0, I), (0, 0)))
+      segments = jnp.concatenate([items, jnp.pad(each, ((0, 0), (0, more)))], 1)
+      positions = jnp.pad(positions, ((0, 0), (0, I + more), (0, 0)))
     x = constrain(x, 'batch', 'seq', 'act_embed')
     if self.embedding_norm:
       x = self.embed_norm(x)
     frames = positions[..., 0]
     query_tags, key_tags = QueryTags(segments, frames, frames), KeyTags(segments, frames)
     x, _ = self.transformer(x, positions, query_tags, key_tags, train=train)
-    token = x[:, -I:]
-    x = x[:, : items.shape[1]]
+    patches = items.shape[1]
+    x, token = x[:, :patches], x[:, patches : patches + I]
     pooled = None
     if self.pool == 'class':
       pooled = token
@@ -259,7 +261,8 @@ class Vit(nn.Module):
       values = values.astype(jnp.float32) / factor - shift
     x = self.patch(values)
     if self.positions == 'learned':
-      table = self.position[int(self.has_class_token) :]
+      # Whole on every device before it is read: what is read is larger.
+      table = constrain(self.position, None, None)[int(self.has_class_token) :]
       table = table.reshape(*self.position_grid, self.embed_dim)
       spots = read_table(table, positions, item_sizes(positions, items, num_items))
       x = x + spots.astype(x.dtype)
@@ -281,7 +284,8 @@ class MapHead(nn.Module):
       c.embed_dim, c.embed_dim, c.num_heads, c.head_dim, c.mlp_dim, attention_bias=True,
       chunk=c.chunk, attention=c.attention, dtype=c.dtype, param_dtype=c.param_dtype,
     )  # fmt: skip
-    D = c.embed_dim
+    D, I = c.embed_dim, each.shape[1]
+    each = jnp.pad(each, ((0, 0), (0, -I % parts('seq'))))
     init = nn.initializers.normal(1.0)
     query = param(self, 'query', init, (D,), ('embed',), c.param_dtype)
     query = jnp.broadcast_to(query.astype(x.dtype), (*each.shape, D))
@@ -290,4 +294,5 @@ class MapHead(nn.Module):
     query_tags = QueryTags(each, zeros(each), zeros(each))
     key_tags = KeyTags(items, zeros(items))
     y = attention(query, attention.keys(x), query_tags, key_tags)
-    return y + Mlp(c, name='mlp')(c.make_norm('norm')(y))
+    y = constrain(y, 'batch', 'seq', 'act_embed')
+    return (y + Mlp(c, name='mlp')(c.make_norm('norm')(y)))[:, :I]

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from mmjax import sharding
 from mmjax.batch import KeyTags, QueryTags, visible
 from mmjax.names import closest
+from mmjax.ops import context
 from mmjax.shape import check
 
 Reach = int | tuple[int, int]
@@ -71,7 +72,8 @@ def attend(
 
   Raises:
     ValueError: shapes that don't fit, or chunk < 1, or reach with T != S, or an unknown
-      implementation.
+      implementation; and see `ops.context.attend`, which takes over where the rules
+      split queries or keys.
   """
   sizes = check(
     'B T N H', q, 'B S K H', k, 'B S K H', v,
@@ -92,12 +94,16 @@ def attend(
       f'{closest(implementation, IMPLEMENTATIONS)}'
     )
   scale = sizes['H'] ** -0.5 if scale is None else scale
-  out, _ = partial_attend(
-    q, k, v, query_tags, key_tags,
-    scale=scale, logits_soft_cap=logits_soft_cap, chunk=chunk, reach=reach,
+  part = functools.partial(
+    partial_attend,
+    scale=scale,
+    logits_soft_cap=logits_soft_cap,
+    chunk=chunk,
     implementation=implementation,
-  )  # fmt: skip
-  return out
+  )
+  if context.takes_over(takes_kernel(implementation, T)):
+    return context.attend(part, q, k, v, query_tags, key_tags, reach)
+  return part(q, k, v, query_tags, key_tags, reach=reach)[0]
 
 
 def takes_kernel(implementation: str, T: int) -> bool:

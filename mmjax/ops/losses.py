@@ -23,7 +23,9 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.batch import FOREVER, Stream
+from mmjax.ops.across import take
 from mmjax.shape import check
+from mmjax.sharding import constrain, parts
 
 
 def previous_slots(stream: Stream) -> jax.Array:
@@ -59,14 +61,14 @@ def select_targets(stream: Stream, num_targets: int) -> tuple[jax.Array, jax.Arr
     fewer targets (the slot is then 0, a harmless place to read).
   """
   targets = trained_slots(stream)
-  B, T = targets.shape
+  T = targets.shape[1]
   rank = jnp.cumsum(targets, 1, dtype=jnp.int32) - 1
   # Targets beyond the last place, and slots that are none, are written outside.
   place = jnp.where(targets, rank, num_targets)
-  slots = jnp.zeros((B, num_targets), jnp.int32)
-  rows = jnp.broadcast_to(jnp.arange(B)[:, None], (B, T))
-  values = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-  slots = slots.at[rows, place].set(values, mode='drop')
+  none = jnp.zeros(num_targets, jnp.int32)
+  values = jnp.arange(T, dtype=jnp.int32)
+  # By vmap the compiler knows that rows stay by themselves, where they are split.
+  slots = jax.vmap(lambda at: none.at[at].set(values, mode='drop'))(place)
   used = jnp.arange(num_targets)[None] < jnp.sum(targets, 1, keepdims=True)
   return slots, used
 
@@ -88,8 +90,9 @@ def next_token_loss(
     stream: tokens, segments and weights of the batch.
     num_targets: places per row, `Budget.targets`.
     z_loss: adds z_loss * log(sum(exp(logits)))^2 (PaLM, 2204.02311, section 5).
-    chunk: at most so many targets of a row have logits at one time. Each chunk of
-      a sharded batch sums the head's gradient over devices: no smaller than need be.
+    chunk: at most so many targets of a row have logits on a device at one time. Each
+      chunk of a sharded batch sums the head's gradient over devices: no smaller than
+      need be.
 
   Returns:
     (loss, weight, sums): f32 scalars; the loss is the one to differentiate, with
@@ -100,8 +103,9 @@ def next_token_loss(
   Raises:
     ValueError: shapes that don't fit; num_targets or chunk < 1, or no slot to predict.
   """
+  stream = _whole_rows(stream)
   gathered = _gather(hidden, stream, num_targets, chunk, 'next_token_loss')
-  num_targets = gathered.slots.shape[1]
+  num_targets = min(num_targets, gathered.slots.shape[1])
   hidden, tokens, weights = gathered.hidden, gathered.tokens, gathered.weights
 
   @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -157,6 +161,7 @@ def token_losses(
   Raises:
     ValueError: see `next_token_loss`.
   """
+  stream = _whole_rows(stream)
   found = _gather(hidden, stream, num_targets, chunk, 'token_losses')
   B, K = found.slots.shape
 
@@ -169,7 +174,7 @@ def token_losses(
     losses = part(xs)
   else:
     losses = jax.lax.map(part, jax.tree.map(lambda x: _split(x, chunk), xs))
-    losses = jnp.moveaxis(losses, 0, 1).reshape(B, -1)[:, :K]
+    losses = jnp.moveaxis(losses, 0, 2).reshape(B, -1)[:, :K]
   losses = jnp.where(found.used, losses, 0.0)
   return TokenLosses(found.slots, found.used, found.tokens, losses)
 
@@ -191,21 +196,37 @@ def _gather(hidden, stream, num_targets, chunk, who) -> _Gathered:
       f'{who}: needs num_targets >= 1, chunk >= 1 and two slots;'
       f' got {num_targets}, {chunk} and {T}'
     )
-  slots, used = select_targets(stream, min(num_targets, T))
+  # Where the stream is split, so are the targets: as many places as divide.
+  places = _round_up(min(num_targets, T), parts('seq'))
+  slots, used = select_targets(stream, places)
+  used &= jnp.arange(places)[None] < num_targets
   tokens = jnp.take_along_axis(stream.tokens, slots, 1)
   weights = jnp.where(used, jnp.take_along_axis(stream.weights, slots, 1), 0.0)
   previous = jnp.take_along_axis(previous_slots(stream), slots, 1)
-  hidden = jnp.take_along_axis(hidden, jnp.maximum(previous, 0)[..., None], 1)
+  hidden = take(hidden, jnp.maximum(previous, 0))
   return _Gathered(slots, used, tokens, weights, hidden)
 
 
+def _whole_rows(stream):
+  """The tags of whole rows, on every device: few bytes beside hidden, and targets are
+  found by what stands before them."""
+  return jax.tree.map(lambda x: constrain(x, 'batch', *[None] * (x.ndim - 1)), stream)
+
+
+def _round_up(n, multiple):
+  return math.ceil(n / multiple) * multiple
+
+
 def _split(x, chunk):
-  """[B, K, ...] -> [count, B, size, ...] with size <= chunk; padded with 0."""
+  """[B, K, ...] -> [count, B, size, ...] with size about <= chunk; padded with 0.
+
+  Part i takes i, i + count, ...: so every device's places are spread over all parts.
+  """
   K = x.shape[1]
   count = math.ceil(K / chunk)
-  size = math.ceil(K / count)
+  size = _round_up(math.ceil(K / count), parts('seq'))
   width = [(0, 0), (0, count * size - K)] + [(0, 0)] * (x.ndim - 2)
-  return jnp.moveaxis(jnp.pad(x, width).reshape(len(x), count, size, *x.shape[2:]), 1, 0)
+  return jnp.moveaxis(jnp.pad(x, width).reshape(len(x), size, count, *x.shape[2:]), 2, 0)
 
 
 def _log_probs(logits, tokens):

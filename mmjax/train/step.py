@@ -130,13 +130,13 @@ def split_rows(batch: Any, parts: int) -> Any:
     ValueError: A doesn't divide the rows.
   """
 
-  def one(x):
+  def one(x, names):
     if x.shape[0] % parts:
       raise ValueError(f'train.accumulate = {parts} does not divide {x.shape[0]} rows')
     x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-    return sharding.constrain(x, None, 'batch', *[None] * (x.ndim - 2))
+    return sharding.constrain(x, None, *names)
 
-  return jax.tree.map(one, batch)
+  return jax.tree.map(one, batch, sharding.batch_names(batch))
 
 
 def compile_step(step, abstract: TrainState, batch: Any):

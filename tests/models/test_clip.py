@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from fusions import on_mesh
 
-from mmjax import models, sharding
+from mmjax import models
 from mmjax.batch import BankBudget, Budget
 
 WIDTHS = dict(embed_dim=16, num_layers=2, num_heads=2, mlp_dim=24)
@@ -102,25 +103,22 @@ def loss_and_grads(kind, params, batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', ['clip', pytest.param('siglip', marks=pytest.mark.slow)])
-def test_eight_devices_equal_one(kind):
+@pytest.mark.parametrize(
+  ('kind', 'mesh'), [('clip', 'fsdp4 tensor2'), ('clip', 'mixed'), ('siglip', 'mixed')]
+)
+def test_eight_devices_equal_one(kind, mesh):
   made, weights = batch([0, 1], [2], [3, 0], [1]), params(kind)
   want, grads = jax.jit(loss_and_grads, static_argnums=0)(kind, weights, made)
-  rules = sharding.rules_for('fsdp+tensor')
-  mesh = sharding.make_mesh({'fsdp': 4, 'tensor': 2})
-  model = KINDS[kind]
-  names = sharding.axis_names(model.init, jax.random.key(0), made)['params']
-  with sharding.use(mesh, rules):
-    weights = jax.device_put(weights, sharding.shardings(names, weights, mesh, rules))
-    made = jax.device_put(made, sharding.batch_shardings(made, mesh, rules))
-    value, got = jax.jit(lambda p, b: loss_and_grads(kind, p, b))(weights, made)
+  run = functools.partial(loss_and_grads, kind)
+  (value, got), weights = on_mesh(run, KINDS[kind], weights, made, mesh)
   np.testing.assert_allclose(value, want, rtol=1e-5)
   most = max(np.abs(w).max() for w in jax.tree.leaves(grads))
   jax.tree.map(
     lambda g, w: np.testing.assert_allclose(g, w, rtol=0, atol=1e-5 * most), got, grads
   )
   query = weights['vision']['transformer']['layers']['attention']['query']
-  assert query.sharding.shard_shape(query.shape) == (2, 4, 1, 8)
+  rows = 4 if mesh == 'fsdp4 tensor2' else 8
+  assert query.sharding.shard_shape(query.shape) == (2, rows, 1, 8)
 
 
 @pytest.mark.slow

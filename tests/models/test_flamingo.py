@@ -174,14 +174,16 @@ def test_padding_changes_no_bit():
 
 
 @pytest.mark.slow
-def test_eight_devices_equal_one():
+@pytest.mark.parametrize('mesh', ['fsdp4 tensor2', 'mixed'])
+def test_eight_devices_equal_one(mesh):
   batch = pack([documents(seed) for seed in range(8)])
   model = build(dict(tie_embeddings=False))
   weights = jax.jit(model.init)(jax.random.key(0), batch)['params']
   weights['cross'] = jax.tree.map(lambda x: x + 0.1, weights['cross'])
-  weights = eight_devices_equal_one(model, weights, batch)
+  weights = eight_devices_equal_one(model, weights, batch, mesh)
   up = weights['cross']['mlp']['up']
-  assert up.sharding.shard_shape(up.shape) == (2, 4, 32)
+  rows = 4 if mesh == 'fsdp4 tensor2' else 8
+  assert up.sharding.shard_shape(up.shape) == (2, rows, 32)
 
 
 @pytest.mark.parametrize('scan', [True, False])

@@ -106,11 +106,13 @@ def test_cached_logits_equal_the_full_forward(latest):
 
 
 @pytest.mark.slow
-def test_eight_devices_equal_one():
+@pytest.mark.parametrize('mesh', ['fsdp4 tensor2', 'mixed'])
+def test_eight_devices_equal_one(mesh):
   batch = pack([documents(seed) for seed in range(8)])
-  placed = eight_devices_equal_one(MODEL, params(), batch)
+  placed = eight_devices_equal_one(MODEL, params(), batch, mesh)
   up = placed['join']['up']
-  assert up.sharding.shard_shape(up.shape) == (4, 4)
+  rows = 4 if mesh == 'fsdp4 tensor2' else 8
+  assert up.sharding.shard_shape(up.shape) == (rows, 4)
 
 
 @pytest.mark.slow

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from documents import length, pack, random_document
 from flax import nnx
+from fusions import MESHES, eight_devices_equal_one
 from wide import float64, largest_error, widen
 
-from mmjax import models, sharding
+from mmjax import models
 from mmjax.batch import PLACEHOLDER, BankBudget, Budget, Item
 from mmjax.ops.losses import next_token_loss
 
@@ -193,29 +194,24 @@ def test_reach_and_chunks_change_no_number():
   assert_close(loss_and_grads(params(), batch, near), want, 1e-5)
 
 
-@pytest.mark.parametrize('preset', ['dp', 'fsdp+tensor'])
-def test_eight_devices_equal_one(preset):
-  rows = [documents(seed) for seed in range(8)]
+@pytest.mark.parametrize(
+  'mesh', [m if m == 'mixed' else pytest.param(m, marks=pytest.mark.slow) for m in MESHES]
+)
+def test_eight_devices_equal_one(mesh):
+  rng = np.random.default_rng(3)
+  text = lambda n, *branch: ('text', rng.integers(1, 40, n), True, *branch)  # noqa: E731
+  image = ('image', rng.integers(0, 99, (4, 3, 6)))
+  # Documents and images that span devices' shares, branches, a row of padding.
+  rows = [documents(seed) for seed in range(6)]
+  rows += [[[text(30), image, text(4, 0), text(3, 1), text(9, 2), text(5, 0)]], []]
   batch = pack(rows, T=72, P=64)
   model = MODEL.clone(tie_embeddings=False, modality_embedding=True)
-  init = functools.partial(model.init, jax.random.key(0))
-  weights = jax.jit(init)(batch)['params']
-  want = loss_and_grads(weights, batch, model)
-  sizes = {'data': 8} if preset == 'dp' else {'fsdp': 4, 'tensor': 2}
-  mesh, rules = sharding.make_mesh(sizes), sharding.RULES[preset]
-  names = sharding.axis_names(init, batch)['params']
-  with sharding.use(mesh, rules):
-    where = sharding.shardings(names, weights, mesh, rules)
-    weights = jax.device_put(weights, where)
-    batch = jax.device_put(batch, sharding.batch_shardings(batch, mesh, rules))
-    # A new jit: the one above may hold the program without constraints.
-    f = jax.jit(lambda p, b: loss_and_grads.__wrapped__(p, b, model))
-    got = f(weights, batch)
-    assert 'sharding_constraint' in f.lower(weights, batch).as_text()
-  assert_close(got, want, 1e-5)
-  if preset != 'dp':
-    up = weights['transformer']['layers']['mlp']['up']
-    assert up.sharding.shard_shape(up.shape) == (2, 4, 12)
+  weights = jax.jit(model.init)(jax.random.key(0), batch)['params']
+  weights = eight_devices_equal_one(model, weights, batch, mesh)
+  up = weights['transformer']['layers']['mlp']['up']
+  shards = {'dp8': (2, 16, 24), 'fsdp8': (2, 2, 24), 'fsdp4 tensor2': (2, 4, 12)}
+  if mesh in shards:
+    assert up.sharding.shard_shape(up.shape) == shards[mesh]
 
 
 def test_contents_never_recompile():
