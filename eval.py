@@ -5,7 +5,7 @@
 
 The predictions of the training come out again, and it says whether they do. Exit
 code 2 = something in the command, the workdir or the data doesn't fit. On several
-hosts: the flags of `mmjax.train.processes`.
+hosts: the same command on each, see `mmjax.train.processes`.
 """
 
 import sys

@@ -7,8 +7,7 @@ The same command again goes on from the last checkpoint. Ctrl-C or SIGTERM saves
 and ends with exit code 0; 1 = the run could not go on; 2 = something in the
 command, the config, the data or the workdir doesn't fit.
 
-On a TPU pod or under SLURM add --distributed on every host, see
-`mmjax.train.processes`.
+On several hosts: the same command on each, see `mmjax.train.processes`.
 """
 
 import pathlib

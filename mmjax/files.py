@@ -37,6 +37,21 @@ def find(spec: str | os.PathLike) -> pathlib.Path:
   raise ValueError(f'{text}: no {file!r} in {where}')
 
 
+def on_disk(path: str | os.PathLike, what: str) -> pathlib.Path:
+  """A path that has to be of this machine's file system.
+
+  Raises:
+    ValueError: it is a bucket's, which would become a directory called 'gs:'.
+  """
+  text = os.fspath(path)
+  if '://' in text:
+    raise ValueError(
+      f'{what} {text}: has to be on a disk; mount the bucket on every host, or take a'
+      ' shared disk'
+    )
+  return pathlib.Path(text)
+
+
 def open_gguf(path: str | os.PathLike) -> Any:
   """A `gguf.GGUFReader` of a file (mapped into memory) that is whole.
 

@@ -14,6 +14,7 @@ is whole in an activation. Every mistake (unknown name, two names on one mesh
 axis, a size that does not divide) is a `ValueError` that names the parameter.
 """
 
+import collections
 import contextlib
 import contextvars
 import dataclasses
@@ -25,6 +26,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -181,38 +183,76 @@ def shardings(names: Any, abstract: Any, mesh: Mesh, rules: Rules) -> Any:
 def make_mesh(sizes: Mapping[str, int] | None = None, devices=None) -> Mesh:
   """A mesh over all devices with every axis of `MESH_AXES`; -1 fills one axis.
 
+    {'data': 4, 'fsdp': -1} on two slices of 16 devices
+
+               fsdp                         fsdp
+            +---------+                  +---------+
+      data  |  4 x 4  |  <-- slice 2 --> |  4 x 4  |     networks: slice slow, others fast
+            +---------+                  +---------+
+
+  A slice is what a fast network joins: a TPU slice, or GPUs on one NVLink (as a rule a
+  node), by `slice_index` of the devices. The axis `slice` is outermost and as large as
+  there are slices, without being given.
+
   Args:
-    sizes: e.g. {'data': -1, 'tensor': 2}; axes not named have size 1. Empty
-      means all devices on 'data'.
+    sizes: e.g. {'data': -1, 'tensor': 2}; axes not named have size 1. Empty means all
+      devices on 'data'. With 'slice' 1, an axis may reach over several nodes of GPUs.
+      CPU devices stand in for any number of slices.
     devices: default `jax.devices()`.
 
   Raises:
-    ValueError: unknown axis, two -1, or sizes that don't multiply to the number
-      of devices.
+    ValueError: unknown axis, two -1, a 'slice' that isn't the number of slices, slices
+      of different sizes, or sizes that don't multiply to the number of devices; says
+      which would.
   """
-  devices = jax.devices() if devices is None else devices
+  devices = list(jax.devices() if devices is None else devices)
   sizes = dict(sizes or {'data': -1})
   for axis, size in sizes.items():
     if axis not in MESH_AXES:
       raise ValueError(f'unknown mesh axis {axis!r}{closest(axis, MESH_AXES)}')
     if size < 1 and size != -1:
       raise ValueError(f'mesh axis {axis!r} has size {size}; it must be positive, or -1')
-  free = [a for a, n in sizes.items() if n == -1]
+  held = collections.Counter(getattr(d, 'slice_index', 0) for d in devices)
+  slices = len(held)
+  sizes = _filled({'slice': slices, **sizes}, len(devices))
+  platform = devices[0].platform
+  may = {'tpu': (slices,), 'cpu': (sizes['slice'],)}.get(platform, (1, slices))
+  if sizes['slice'] not in may:
+    raise ValueError(
+      f"mesh axis 'slice' is {sizes['slice']}, but the number of slices is {slices};"
+      ' leave it out'
+    )
+  shape = tuple(sizes.get(a, 1) for a in MESH_AXES)
+  if sizes['slice'] == slices > 1:
+    if len(set(held.values())) > 1:
+      raise ValueError(f'slices of different sizes: {sorted(held.values())} devices')
+    outer = (slices,) + (1,) * (len(shape) - 1)
+    grid = mesh_utils.create_hybrid_device_mesh(
+      (1, *shape[1:]), outer, devices, allow_split_physical_axes=True
+    )
+  else:
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _filled(sizes: dict[str, int], n: int) -> dict[str, int]:
+  """The sizes with -1 filled, so that their product is n."""
+  free = [a for a, size in sizes.items() if size == -1]
   if len(free) > 1:
     raise ValueError(f'mesh axes {free} are all -1; only one can be filled')
-  known = math.prod(n for n in sizes.values() if n != -1)
-  n = len(devices)
-  if n % known or (not free and n != known):
-    fits = [k for k in range(1, n + 1) if n % k == 0]
-    raise ValueError(
-      f'mesh {sizes} needs {known} devices, there are {n}; sizes that divide: {fits}'
-    )
-  if free:
-    sizes[free[0]] = n // known
-  shape = tuple(sizes.get(a, 1) for a in MESH_AXES)
-  return jax.make_mesh(
-    shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices
-  )
+  known = math.prod(size for size in sizes.values() if size != -1)
+  if n % known == 0 and (free or n == known):
+    return {a: n // known if size == -1 else size for a, size in sizes.items()}
+  fits = []
+  for axis, size in sizes.items():
+    room, rest = divmod(n, known // size)
+    if axis != 'slice' and size != -1 and not rest:
+      good = [k for k in range(1, room + 1) if room % k == 0] if free else [room]
+      fits.append(f'{axis} = {" or ".join(map(str, good))}')
+  told = ', '.join(f'{a} = {size}' for a, size in sizes.items() if size != 1)
+  would = '; or '.join(fits) or f'sizes whose product divides {n}'
+  takes = f'a multiple of {known}' if free else str(known)
+  raise ValueError(f'mesh {told} needs {takes} devices, there are {n}; fits: {would}')
 
 
 @contextlib.contextmanager

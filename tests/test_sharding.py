@@ -139,8 +139,14 @@ def test_wrong_number_of_names_and_unnamed_parameters():
   [
     ({'dta': 8}, "unknown mesh axis 'dta'; did you mean 'data'"),
     ({'data': -1, 'fsdp': -1}, 'only one can be filled'),
-    ({'fsdp': 3}, r'needs 3 devices, there are 8; sizes that divide: \[1, 2, 4, 8\]'),
-    ({'data': -1, 'fsdp': 5}, 'sizes that divide'),
+    ({'fsdp': 3}, r'mesh fsdp = 3 needs 3 devices, there are 8; fits: fsdp = 8$'),
+    ({'fsdp': 4, 'tensor': 4}, 'needs 16 .* fits: fsdp = 2; or tensor = 2$'),
+    (
+      {'data': -1, 'fsdp': 5},
+      'a multiple of 5 devices, .* fits: fsdp = 1 or 2 or 4 or 8',
+    ),
+    ({'data': 3, 'fsdp': 3}, 'needs 9 devices, .* fits: sizes whose product divides 8'),
+    ({'slice': 2, 'data': -1, 'fsdp': 3}, 'multiple of 6 .* fits: fsdp = 1 or 2 or 4$'),
     ({'data': 0}, 'must be positive'),
   ],
 )
@@ -154,6 +160,88 @@ def test_mesh_fills_one_axis():
   assert shape == {
     'slice': 1, 'data': 4, 'fsdp': 1, 'tensor': 2, 'context': 1, 'expert': 1,
   }  # fmt: skip
+
+
+class Chip:
+  """A device of so many slices of x by y chips, as `mesh_utils` looks at it."""
+
+  device_kind, core_on_chip = 'a chip', 0
+
+  def __init__(self, id, platform, slice_index=None, coords=None):
+    self.id, self.platform, self.coords = id, platform, coords
+    if slice_index is not None:
+      self.slice_index = slice_index
+
+
+def chips(platform, slices, x, y):
+  # Not in order of slices: what JAX gives is in order of processes.
+  return [
+    Chip(x * y * s + y * i + j, platform, s, (i, j, 0))
+    for i in range(x)
+    for j in range(y)
+    for s in reversed(range(slices))
+  ]
+
+
+def laid(sizes, devices):
+  """The mesh axes over 1, and the ids of each slice of the mesh."""
+  mesh = sharding.make_mesh(sizes, devices)
+  assert mesh.axis_names == sharding.MESH_AXES
+  assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+  ids = [[d.id for d in part.flat] for part in mesh.devices]
+  return {a: n for a, n in mesh.shape.items() if n > 1}, ids
+
+
+@pytest.mark.parametrize('platform', ['tpu', 'gpu'])
+@pytest.mark.parametrize(
+  'sizes, want',
+  [
+    ({}, {'slice': 3, 'data': 8}),
+    ({'fsdp': -1, 'tensor': 2}, {'slice': 3, 'fsdp': 4, 'tensor': 2}),
+    ({'slice': 3, 'fsdp': 8}, {'slice': 3, 'fsdp': 8}),
+    ({'slice': -1, 'data': 4, 'fsdp': 2}, {'slice': 3, 'data': 4, 'fsdp': 2}),
+  ],
+)
+def test_slices_are_outermost_and_need_not_be_named(platform, sizes, want):
+  shape, ids = laid(sizes, chips(platform, 3, 4, 2))
+  assert shape == want
+  assert [sorted(part) for part in ids] == [
+    list(range(8 * s, 8 * s + 8)) for s in range(3)
+  ]
+
+
+def test_gpus_of_several_nodes_may_be_one_axis():
+  shape, ids = laid({'slice': 1, 'fsdp': -1}, chips('gpu', 2, 4, 1))
+  assert shape == {'fsdp': 8} and ids == [list(range(8))]
+
+
+def test_an_axis_may_take_a_part_of_a_physical_one():
+  assert laid({'fsdp': 2, 'tensor': 8}, chips('tpu', 1, 4, 4))[0] == {
+    'fsdp': 2, 'tensor': 8,
+  }  # fmt: skip
+  one = [Chip(i, 'tpu', None, (i, 0, 0)) for i in range(4)]  # some don't tell their slice
+  assert laid({}, one)[0] == {'data': 4}
+
+
+@pytest.mark.parametrize(
+  'platform, slices, sizes, message',
+  [
+    ('tpu', 2, {'slice': 1, 'data': -1}, "'slice' is 1, but the number of slices is 2"),
+    ('tpu', 1, {'slice': 2, 'data': -1}, "'slice' is 2, but the number of slices is 1"),
+    ('tpu', 2, {'slice': -1, 'data': 2}, "'slice' is 4, but the number of slices is 2"),
+    ('gpu', 4, {'slice': 2, 'data': -1}, "'slice' is 2, but the number of slices is 4"),
+    ('gpu', 1, {'slice': 2, 'data': -1}, "'slice' is 2, but the number of slices is 1"),
+    ('tpu', 2, {'data': 8}, r'mesh slice = 2, data = 8 needs 16 devices.*: data = 4$'),
+  ],
+)
+def test_slices_that_are_not_there(platform, slices, sizes, message):
+  with pytest.raises(ValueError, match=message):
+    sharding.make_mesh(sizes, chips(platform, slices, 8 // slices, 1))
+
+
+def test_slices_hold_equally_many():
+  with pytest.raises(ValueError, match=r'slices of different sizes: \[2, 4\] devices'):
+    sharding.make_mesh({}, [Chip(i, 'tpu', int(i > 3), (i % 4, 0, 0)) for i in range(6)])
 
 
 def test_bad_rules():

@@ -18,6 +18,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+from mmjax import files
 from mmjax.data import prepare as prepare_lib
 from mmjax.data import rules as rules_lib
 from mmjax.data import sources
@@ -84,7 +85,7 @@ def prepare_mixture(
     name: _member(name, entry, tokenizer, end, splits, settings)
     for name, entry in mixture.items()
   }
-  out = pathlib.Path(out)
+  out = files.on_disk(out, '--out')
 
   def texts() -> Iterator[str]:
     shares = sum(member.share for member in members.values())

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from mmjax import files
 from mmjax.data import document as document_lib
 from mmjax.data import tokenizer as tokenizer_lib
 from mmjax.data.document import BadDocument, Document
@@ -54,7 +55,7 @@ def read_meta(path: str | os.PathLike) -> dict[str, Any]:
   Raises:
     ValueError: no dataset there, or one of another version.
   """
-  file = pathlib.Path(path) / 'meta.json'
+  file = files.on_disk(path, 'the dataset') / 'meta.json'
   try:
     meta = json.loads(file.read_text())
   except OSError as error:

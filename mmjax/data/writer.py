@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from mmjax import files
 from mmjax.data import document as document_lib
 from mmjax.data import media
 from mmjax.data.document import KINDS, BadDocument, Document
@@ -74,7 +75,7 @@ class Place:
   """
 
   def __init__(self, path: str | os.PathLike):
-    self.path = pathlib.Path(path)
+    self.path = files.on_disk(path, 'the dataset')
     self.partial = self.path.absolute().with_name(f'.{self.path.name}.partial')
     self.new = self.partial / 'new'
     self.keep = False

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from mmjax import files
 from mmjax.data import tokenizer
 from mmjax.eval import build_evaluators, report
 from mmjax.train import build as build_lib
@@ -44,7 +45,7 @@ def rerun(
     ValueError: no run or no such checkpoint there (the steps are listed), nothing
       to evaluate, a change that doesn't fit, other data; one line.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = files.on_disk(workdir, '--workdir')
   config = load(workdir, changes)
   if not config.eval:
     raise ValueError(f'{workdir}: config.eval names nothing to evaluate')

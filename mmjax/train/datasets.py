@@ -8,11 +8,11 @@ Where `config.data.shots` says so, each document comes behind others: `data.fews
 """
 
 import logging
-import pathlib
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from mmjax import files
 from mmjax.train import build
 from mmjax.train import config as config_lib
 
@@ -30,7 +30,8 @@ def prepare(config: ConfigDict, devices=None) -> None:
 
   built = False
   for name, of in _sources(config).items():
-    if (pathlib.Path(of['path']) / 'meta.json').exists():
+    place = files.on_disk(of['path'], f'the dataset {name}'.rstrip())
+    if (place / 'meta.json').exists():
       continue
     if of['source'] is None:
       raise ValueError(f'no dataset at {of["path"]}, and no source to make {name!r} from')

@@ -21,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import mmjax
-from mmjax import sharding
+from mmjax import files, sharding
 from mmjax.train import begin, datasets, processes
 from mmjax.train import build as build_lib
 from mmjax.train import config as config_lib
@@ -58,10 +58,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike, devices=None) -> str:
   config_lib.check(config)
   build_lib.use_cpu_devices(config)
   processes.refuse_unjoined()
-  workdir = pathlib.Path(workdir).absolute()
+  workdir = files.on_disk(workdir, '--workdir').absolute()
   first = jax.process_index() == 0
   with log_lib.logging_to(workdir, first):
     _keep_config(config, workdir, first)
+    _log.info('%s', processes.found())
     if config.train.compilation_cache:
       jax.config.update('jax_compilation_cache_dir', config.train.compilation_cache)
     if first:

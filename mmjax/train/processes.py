@@ -1,12 +1,15 @@
 """Several processes that are one run: how they find each other, what they tell.
 
-  TPU pod, SLURM, Open MPI      python train.py --distributed --config=...
-  anywhere else, on each host   python train.py --coordinator=10.0.0.1:1234
-                                  --num_processes=4 --process_id=2 --config=...
+  where                       what to add to `python train.py --config=...`
+  TPU pod, several slices     nothing: the machine's metadata, or GKE's environment
+  SLURM (srun), Open MPI 4    nothing: the launcher's environment
+  Open MPI 5                  --coordinator=HOST:PORT
+  Kubernetes (a JobSet)       JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES in its pods
+  anywhere else               --coordinator=10.0.0.1:1234 --num_processes=4 --process_id=2
 
-The environment asks for the same as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-JAX_PROCESS_ID. All processes get the same command and see the same workdir and data
-(a shared disk). Without any of this a process is a run of its own.
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are the same as the
+flags. All processes get the same command and see the same workdir and data (a shared
+disk). `--distributed` insists on it, `--nodistributed` makes a run of each process.
 """
 
 import contextlib
@@ -24,17 +27,19 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+_INDEX = 'JOB_COMPLETION_INDEX'  # of Kubernetes; of one slice only, on TPUs
 _ENV = {
-  'coordinator': 'JAX_COORDINATOR_ADDRESS',
-  'num_processes': 'JAX_NUM_PROCESSES',
-  'process_id': 'JAX_PROCESS_ID',
+  'coordinator': ('JAX_COORDINATOR_ADDRESS',),
+  'num_processes': ('JAX_NUM_PROCESSES', 'OMPI_COMM_WORLD_SIZE'),
+  'process_id': ('JAX_PROCESS_ID', 'OMPI_COMM_WORLD_RANK', _INDEX),
 }
+_TPU = 'TPU'
 
 
 def define_flags() -> None:
   """--distributed, --coordinator, --num_processes and --process_id, for a script."""
   flags.DEFINE_boolean(
-    'distributed', False, 'One of several processes; the cluster says which.'
+    'distributed', None, 'One of several processes; default: what is found to be so.'
   )
   flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, where none does.')
   flags.DEFINE_integer('num_processes', None, 'How many processes there are.')
@@ -48,7 +53,7 @@ def start_from_flags() -> bool:
 
 
 def start(
-  distributed: bool = False,
+  distributed: bool | None = None,
   coordinator: str | None = None,
   num_processes: int | None = None,
   process_id: int | None = None,
@@ -56,29 +61,37 @@ def start(
   """Joins the other processes, if there are any; before JAX computes anything.
 
   Args:
-    distributed: find out from the cluster what isn't given.
+    distributed: None = if there is a sign of others; True = there are; False = alone.
     coordinator, num_processes, process_id: as for `jax.distributed.initialize`;
-      default: the environment, see above.
+      default: the environment, then what JAX finds out about the cluster.
 
   Returns:
-    Whether this is one of several processes.
+    Whether it joined others.
 
   Raises:
     ValueError: only a part of the three is known and nobody says the rest; or the
       others can't be reached.
   """
+  if distributed is False:
+    return False
   given = {'coordinator': coordinator, 'num_processes': num_processes,
            'process_id': process_id}  # fmt: skip
-  for name, variable in _ENV.items():
-    if given[name] is None and (text := os.environ.get(variable)):
-      if name != 'coordinator' and not text.isdecimal():
-        raise ValueError(f'{variable}={text!r} must be a number')
-      given[name] = text if name == 'coordinator' else int(text)
-  missing = [name for name, value in given.items() if value is None]
-  if len(missing) == len(given) and not distributed:
+  launcher = _launcher()
+  asked = any(v is not None for v in given.values())
+  for name, variables in _ENV.items():
+    for variable in variables:
+      if variable == _INDEX and given['coordinator'] is None:
+        continue
+      if given[name] is None and (text := os.environ.get(variable)):
+        if name != 'coordinator' and not text.isdecimal():
+          raise ValueError(f'{variable}={text!r} must be a number')
+        given[name] = text if name == 'coordinator' else int(text)
+        asked |= variable.startswith('JAX_')
+  if not (asked or distributed or launcher):
     return False
-  if missing and not distributed:
-    told = ', '.join(f'--{name} (or {_ENV[name]})' for name in missing)
+  missing = [name for name, value in given.items() if value is None]
+  if missing and not distributed and not launcher:
+    told = ', '.join(f'--{name} (or {_ENV[name][0]})' for name in missing)
     raise ValueError(f'one of several processes, but which: {told} is missing')
   # SIGTERM is ours, see `train.signals`.
   jax.config.update('jax_enable_preemption_service', False)
@@ -89,10 +102,38 @@ def start(
       given['process_id'],
       cluster_detection_method=None if missing else 'deactivate',
     )
-  except (ValueError, TypeError, RuntimeError) as error:
+  except (ValueError, TypeError, RuntimeError, OSError) as error:
+    unknown = isinstance(error, (ValueError, OSError))  # or no metadata to ask
+    if launcher == _TPU and unknown and not (asked or distributed):
+      return False  # a TPU that knows of no others; if it has some: `refuse_unjoined`
     line = ' '.join(str(error).split())
     raise ValueError(f'could not join the other processes: {line}') from error
-  return jax.process_count() > 1
+  return True
+
+
+def _launcher() -> str:
+  """Who seems to have started this process as one of several; '' = nobody."""
+
+  def several(variable):
+    text = os.environ.get(variable, '')
+    return text.isdecimal() and int(text) > 1
+
+  if 'SLURM_STEP_NODELIST' in os.environ and several('SLURM_NTASKS'):
+    return 'SLURM'
+  if several('OMPI_COMM_WORLD_SIZE'):
+    return 'Open MPI'
+  # JAX says so at its import where it finds chips, unless it was told otherwise.
+  return _TPU if 'tpu' in (jax.config.jax_platforms or '').split(',') else ''
+
+
+def found() -> str:
+  """One line: how many processes and devices there are, and who said so."""
+  devices = jax.devices()
+  told = f'{len(devices)} devices ({devices[0].device_kind})'
+  if jax.process_count() == 1:
+    return f'1 process, {told}'
+  by = _launcher() or 'flags or environment'
+  return f'{jax.process_count()} processes by {by}, {told}'
 
 
 def refuse_unjoined() -> None:
@@ -103,7 +144,8 @@ def refuse_unjoined() -> None:
   """
   if jax.process_count() > 1 and not jax.distributed.is_initialized():
     raise ValueError(
-      f'this is one of {jax.process_count()} processes: start each with --distributed'
+      f'this is one of {jax.process_count()} processes that have not found each other:'
+      ' start each with --distributed'
     )
 
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax._src import clusters
 
 from mmjax import sharding
 from mmjax.data.document import Document, Image, Text
@@ -296,23 +297,97 @@ def test_what_stops_one_process_stops_the_other(config, tmp_path):
 
 @pytest.mark.slow
 def test_the_cluster_says_who_is_who(config, tmp_path):
-  """--distributed under SLURM, as `srun --ntasks=2` sets it up."""
+  """SLURM, as `srun --ntasks=2` sets it up: nothing is asked for."""
   slurm = {'SLURM_JOB_ID': '7', 'SLURM_STEP_NODELIST': 'localhost',
            'SLURM_NTASKS': '2', 'SLURM_STEP_NUM_NODES': '1',
            'JAX_COORDINATOR_PORT': str(free_port())}  # fmt: skip
   running = [
-    start(config, tmp_path / 'run', '--distributed', '--config.train.steps=3',
+    start(config, tmp_path / 'run', '--config.train.steps=3',
           **slurm, SLURM_PROCID=str(i), SLURM_LOCALID=str(i))
     for i in range(2)
   ]  # fmt: skip
   first, second = finish(running)
+  assert '2 processes by SLURM, 4 devices (cpu)' in first
   assert 'done: 3 steps' in first and 'step' not in second
 
 
-def test_nobody_asked_for_more_processes(monkeypatch):
-  for variable in ('COORDINATOR_ADDRESS', 'NUM_PROCESSES', 'PROCESS_ID'):
-    monkeypatch.delenv(f'JAX_{variable}', raising=False)
-  assert not processes.start()
+@pytest.fixture
+def nowhere(monkeypatch):
+  """Without a cluster; a list of what `jax.distributed.initialize` was called with."""
+  for name in list(os.environ):
+    if name.startswith(('JAX_', 'SLURM_', 'OMPI_', 'TPU_', 'MEGASCALE_', 'JOB_')):
+      monkeypatch.delenv(name)
+  called = []
+
+  def initialize(*args, cluster_detection_method):
+    # What JAX itself would find, without the network.
+    detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
+    rest = (None, cluster_detection_method, 1)
+    found = (*args, None) if cluster_detection_method else detect(*args, *rest)
+    if None in found[:3]:
+      raise ValueError('coordinator_address should be defined.')
+    called.append(found)
+
+  monkeypatch.setattr(jax.distributed, 'initialize', initialize)
+  monkeypatch.setattr(jax.config, 'update', lambda *_: None)
+  return called
+
+
+SLURM = {'SLURM_JOB_ID': '4096', 'SLURM_STEP_NODELIST': 'gpu[07-08]',
+         'SLURM_NTASKS': '16', 'SLURM_PROCID': '9', 'SLURM_LOCALID': '1'}  # fmt: skip
+MPI4 = {'OMPI_MCA_orte_hnp_uri': '4096.0;tcp://10.96.0.1:34911',
+        'OMPI_COMM_WORLD_SIZE': '4', 'OMPI_COMM_WORLD_RANK': '3',
+        'OMPI_COMM_WORLD_LOCAL_RANK': '1', 'OMPI_VERSION': '4.1.6'}  # fmt: skip
+MPI5 = {'OMPI_COMM_WORLD_SIZE': '4', 'OMPI_COMM_WORLD_RANK': '3',
+        'JAX_COORDINATOR_ADDRESS': 'node1:1234'}  # fmt: skip
+JOBSET = {'JAX_COORDINATOR_ADDRESS': 'run-nodes-0-0.run:1234', 'JAX_NUM_PROCESSES': '2',
+          'JOB_COMPLETION_INDEX': '1', 'KUBERNETES_SERVICE_HOST': '10.0.0.1'}  # fmt: skip
+# A worker of the second of two slices of 64 hosts, as GKE sets it up.
+HOSTS = ','.join(f'run-slice-1-{i}.run' for i in range(64))
+GKE = {'TPU_WORKER_HOSTNAMES': HOSTS, 'TPU_WORKER_ID': '5', 'MEGASCALE_NUM_SLICES': '2',
+       'MEGASCALE_SLICE_ID': '1', 'MEGASCALE_COORDINATOR_ADDRESS': 'localhost',
+       'JOB_COMPLETION_INDEX': '5', 'TPU_SKIP_MDS_QUERY': 'true'}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  'environment, want',
+  [
+    (SLURM, ('gpu07:61440', 16, 9, [1])),
+    (MPI4, ('10.96.0.1:61441', 4, 3, [1])),
+    (MPI5, ('node1:1234', 4, 3, None)),
+    (JOBSET, ('run-nodes-0-0.run:1234', 2, 1, None)),
+    (GKE, ('localhost:8482', 128, 69, None)),
+  ],
+)
+def test_who_is_who_by_the_environment(nowhere, monkeypatch, environment, want):
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  if environment is GKE:  # as where there are chips
+    monkeypatch.setattr('jax._src.clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm', 1)
+    monkeypatch.setattr('jax._src.clusters.cluster.running_in_cloud_tpu_vm', 1)
+    monkeypatch.setattr(processes, '_launcher', lambda: 'TPU')
+  assert processes.start()
+  assert nowhere == [want]
+  assert not processes.start(distributed=False)
+
+
+def test_signs_of_others(nowhere, monkeypatch):
+  assert processes._launcher() == ''
+  monkeypatch.setenv('SLURM_STEP_NODELIST', 'one')
+  monkeypatch.setenv('SLURM_NTASKS', '1')  # a shell on a node
+  assert processes._launcher() == '' and not processes.start()
+  monkeypatch.setattr(type(jax.config), 'jax_platforms', 'tpu,cpu')
+  assert processes._launcher() == 'TPU'
+  assert not processes.start()  # one machine, which knows of no others
+  with pytest.raises(ValueError, match='could not join .* should be defined'):
+    processes.start(distributed=True)
+  assert processes.found() == f'1 process, {jax.device_count()} devices (cpu)'
+  monkeypatch.setattr(jax, 'process_count', lambda: 4)
+  assert processes.found().startswith('4 processes by TPU, ')
+
+
+def test_nobody_asked_for_more_processes(nowhere):
+  assert not processes.start() and not nowhere
   assert processes.gather({'a': 1}) == [{'a': 1}]
   processes.barrier('alone')
 
@@ -346,7 +421,9 @@ def test_what_one_process_says_of_itself(monkeypatch):
 def test_a_pod_without_the_flag_is_refused(monkeypatch):
   processes.refuse_unjoined()
   monkeypatch.setattr(jax, 'process_count', lambda: 4)
-  with pytest.raises(ValueError, match='one of 4 processes: start each with --distrib'):
+  with pytest.raises(
+    ValueError, match='one of 4 processes that have not found.*--distrib'
+  ):
     processes.refuse_unjoined()
 
 
