@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from mmjax import sharding
+from mmjax.batch import BankBudget, Budget
 
 
 class Layer(nn.Module):
@@ -284,6 +285,27 @@ def test_batch_is_split_by_rows():
   np.testing.assert_array_equal(placed['tokens'], local['tokens'])
   with pytest.raises(ValueError, match="batch.*'batch' of size 6 does not divide"):
     sharding.place_batch({'tokens': local['tokens'][:6]}, 6, mesh, rules)
+
+
+def test_streams_and_banks_are_split_over_context_but_items_are_not():
+  mesh = sharding.make_mesh({'fsdp': 2, 'context': 4})
+  batch = Budget(16, 8, {'image': BankBudget(12, 3, 6)}).empty(4)
+  batch.stream.tokens[:] = np.arange(16)[None]
+  placed = sharding.place_batch(batch, 4, mesh, sharding.rules_for('dp'))
+  np.testing.assert_array_equal(placed.stream.tokens, batch.stream.tokens)
+  shapes = jax.tree.map(lambda x: x.sharding.shard_shape(x.shape), placed)
+  bank = shapes.bank['image']
+  assert shapes.stream.positions == (2, 4, 3) and shapes.stream.weights == (2, 4)
+  assert (bank.values, bank.items) == ((2, 3, 6), (2, 3))
+  assert (bank.item_segments, bank.item_order) == ((2, 3), (2, 3))
+  rules = sharding.whole_stream(sharding.rules_for('dp'))
+  whole = sharding.batch_shardings(batch, mesh, rules)
+  assert whole.stream.tokens.shard_shape((4, 16)) == (2, 16)
+  batch = Budget(18, 8).empty(4)
+  with pytest.raises(
+    ValueError, match=r"batch.stream.*'seq' of size 18 does not.* = 4; 16 or 20 would"
+  ):
+    sharding.batch_shardings(batch, mesh, sharding.rules_for('dp'))
 
 
 Device = collections.namedtuple('Device', 'id process_index')
