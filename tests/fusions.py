@@ -25,11 +25,8 @@ def logits(params, batch, model):
 def loss_fn(model, params, batch):
   """(sum of losses, weight) over at most 24 trained slots a row."""
   hidden = model.apply({'params': params}, batch)
-
-  def unembed(h):
-    return model.apply({'params': params}, h, method='logits')
-
-  return next_token_loss(hidden, unembed, batch.stream, 24)[:2]
+  head = model.apply({'params': params}, method='head')
+  return next_token_loss(hidden, head, batch.stream, 24)[:2]
 
 
 @functools.partial(jax.jit, static_argnames='model')

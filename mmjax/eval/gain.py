@@ -252,12 +252,9 @@ class Gain:
   def _step(self):
     def losses(params, batch: PackedBatch) -> dict[str, jax.Array]:
       variables = {'params': params}
-
-      def unembed(hidden):
-        return self.model.apply(variables, hidden, method='logits')
-
       hidden = self.model.apply(variables, batch)
-      found = token_losses(hidden, unembed, batch.stream, self.budget.targets)
+      head = self.model.apply(variables, method='head')
+      found = token_losses(hidden, head, batch.stream, self.budget.targets)
       s = batch.stream
       begins = jnp.diff(s.segment_ids, axis=1, prepend=0) != 0
       slot = jnp.broadcast_to(jnp.arange(begins.shape[1]), begins.shape)

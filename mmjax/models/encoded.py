@@ -24,6 +24,7 @@ from mmjax.models.unified import Unified
 from mmjax.nn.cache import Cache
 from mmjax.nn.features import bank_of
 from mmjax.nn.projector import Projector
+from mmjax.ops.vocabulary import Head
 
 # What stays as it was, by stage: patterns for `optim.freeze`.
 STAGE1 = ('vision/*', 'lm/*')
@@ -81,6 +82,10 @@ class Encoded(nn.Module):
     """
     ready = self._ready(batch, False) if batch.bank else {}
     return self.lm.extend(PackedBatch(batch.stream, {}), cache, slot, ready=ready)
+
+  def head(self) -> Head:
+    """What turns hidden states into logits."""
+    return self.lm.head()
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """f[..., D] -> f32[..., V]."""

@@ -30,8 +30,10 @@ from mmjax.nn.cache import KV, Cache
 from mmjax.nn.features import bank_of
 from mmjax.nn.gated_xattn import GATES, GatedCrossAttention, latent_tags, look_at
 from mmjax.nn.markers import item_tags, words
+from mmjax.nn.remat import remat
 from mmjax.nn.resampler import Resampler
-from mmjax.nn.transformer import REMAT, Before
+from mmjax.nn.transformer import Before
+from mmjax.ops.vocabulary import Head
 from mmjax.sharding import constrain
 
 # What the paper leaves as it was trained before: patterns for `optim.freeze`.
@@ -166,6 +168,10 @@ class Flamingo(nn.Module):
     hidden, text = self.lm.extend(words(batch, self.marker), cache.text, slot, before)
     return hidden, MediaCache(text, media, items)
 
+  def head(self) -> Head:
+    """What turns hidden states into logits."""
+    return self.lm.head()
+
   def logits(self, hidden: jax.Array) -> jax.Array:
     """f[..., D] -> f32[..., V]."""
     return self.lm.logits(hidden)
@@ -270,7 +276,5 @@ class Flamingo(nn.Module):
       media = latents if kv is None else kv
       return block.apply({'params': params}, x, media, *tags)
 
-    if self.lm.remat != 'none':
-      policy = REMAT[self.lm.remat]
-      run = jax.checkpoint(run, prevent_cse=not self.lm.scan, policy=policy)
+    run = remat(run, self.lm.remat, prevent_cse=not self.lm.scan)
     return Before(self.cross_every, run, parts)

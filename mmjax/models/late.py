@@ -31,6 +31,7 @@ from mmjax.nn.gated_xattn import look_at
 from mmjax.nn.markers import item_tags, words
 from mmjax.nn.transformer import kernel_init
 from mmjax.ops.linear import linear
+from mmjax.ops.vocabulary import Head
 from mmjax.sharding import constrain, param
 
 
@@ -101,6 +102,10 @@ class Late(nn.Module):
     hidden, text = self.lm.extend(words(batch, self.marker), cache.text, slot)
     hidden = self._joined(hidden, items, self._join_tags(batch.stream, tags))
     return hidden, ItemCache(text, items, tags)
+
+  def head(self) -> Head:
+    """What turns hidden states into logits."""
+    return self.lm.head()
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """f[..., D] -> f32[..., V]."""

@@ -28,6 +28,7 @@ from mmjax.nn.transformer import (
   Transformer,
   unstack,
 )
+from mmjax.ops.across import rows
 from mmjax.sharding import constrain, param
 
 
@@ -128,7 +129,7 @@ class Encoder(nn.Module):
     if self.num_types:
       types = jnp.zeros_like(s.tokens) if types is None else types
       table = constrain(self.types, None, None)
-      x = x + jnp.take(table, types, axis=0).astype(self.dtype)
+      x = x + rows(table, types).astype(self.dtype)
     if self.embedding_norm:
       x = self.embed_norm(x)
     x = self.drop(x, deterministic=not train)
@@ -160,7 +161,7 @@ class Encoder(nn.Module):
     """Logits of the tied head, f[..., D] -> f32[..., V]."""
     if self.mlm_head:
       hidden = self.head_norm(ACTIVATIONS[self.activation](self.head_dense(hidden)))
-    logits = self.embed.attend(hidden)
+    logits = self.embed.head().logits(hidden)
     if self.mlm_head:
       bias = self.head_bias.astype(logits.dtype)
       logits = logits + bias.reshape((1,) * (logits.ndim - 1) + (-1,))

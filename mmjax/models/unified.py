@@ -18,14 +18,13 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from mmjax.batch import PLACEHOLDER, AttentionTags, Item, PackedBatch
 from mmjax.nn.cache import Cache, empty_cache, write
 from mmjax.nn.embed import StreamEmbed
 from mmjax.nn.transformer import Before, Config, Transformer, kernel_init, unstack
-from mmjax.ops.linear import linear
-from mmjax.sharding import constrain, param
+from mmjax.ops.vocabulary import Head
+from mmjax.sharding import param
 
 
 class Unified(nn.Module):
@@ -46,8 +45,9 @@ class Unified(nn.Module):
     modality_embedding: add a learned vector per media kind.
     extra_words: how many words, the last of the vocabulary, are parameters of their own,
       'embed/extra' and 'extra_head': new words beside a frozen vocabulary.
+    logits_soft_cap: c * tanh(logits / c), as in Gemma 2; None = off.
     dropout: rate, on embeddings and on each branch; needs the rng 'dropout' in training.
-    remat: what a layer keeps for the backward pass, see `nn.transformer.REMAT`.
+    remat: what a layer keeps for the backward pass, see `nn.remat`.
     scan: one stacked layer, scanned, or layers one by one; unroll: scanned, but compiled
       as one by one: longer to compile, faster on a CPU.
     chunk, reach: of attention, see `ops.attention.attend`; attention: its
@@ -77,6 +77,7 @@ class Unified(nn.Module):
   modality_embedding: bool = False
   extra_words: int = 0
   max_positions: int = 0
+  logits_soft_cap: float | None = None
   dropout: float = 0.0
   remat: str = 'none'
   scan: bool = True
@@ -128,7 +129,7 @@ class Unified(nn.Module):
     if not self.tie_embeddings:
       D, E, dtype = self.embed_dim, self.extra_words, self.param_dtype
       shape, axes = (D, self.vocab_size - E), ('embed', 'vocab')
-      self.head = param(self, 'head', kernel_init(), shape, axes, dtype)
+      self.head_kernel = param(self, 'head', kernel_init(), shape, axes, dtype)
       if E:
         axes = ('embed', None)
         self.extra_head = param(self, 'extra_head', kernel_init(), (D, E), axes, dtype)
@@ -186,18 +187,18 @@ class Unified(nn.Module):
     )
     return hidden, Cache(tags, layers)
 
+  def head(self) -> Head:
+    """What turns hidden states into logits."""
+    if self.tie_embeddings:
+      return self.embed.head(self.logits_soft_cap)
+    kernels, axes = (self.head_kernel,), (('embed', 'vocab'),)
+    if self.extra_words:
+      kernels, axes = (*kernels, self.extra_head), (*axes, ('embed', None))
+    return Head(kernels, axes, self.logits_soft_cap)
+
   def logits(self, hidden: jax.Array) -> jax.Array:
     """f[..., D] -> f32[..., V]."""
-    if self.tie_embeddings:
-      logits = self.embed.attend(hidden)
-    else:
-      logits = linear(hidden, self.head, dtype=jnp.float32)
-      if self.extra_words:
-        extra = linear(hidden, self.extra_head, dtype=jnp.float32)
-        logits = jnp.concatenate([logits, extra], -1)
-    if logits.ndim == 3:
-      logits = constrain(logits, 'batch', 'seq', 'act_vocab')
-    return logits
+    return self.head().logits(hidden)
 
   def attention_tags(self, batch: PackedBatch) -> dict[str, AttentionTags]:
     """By name of an attention, its tags; see `batch.AttentionTags`."""

@@ -19,7 +19,7 @@ import numpy as np
 from mmjax.batch import Bank, Item
 from mmjax.names import closest
 from mmjax.nn.features import Features
-from mmjax.nn.transformer import REMAT
+from mmjax.nn.remat import REMAT
 from mmjax.ops import conv as ops
 from mmjax.ops.linear import linear
 from mmjax.shape import check
@@ -141,13 +141,6 @@ def check_choice(what: str, **fields: tuple[str, Any]) -> None:
       raise ValueError(f'{what}: unknown {field} {value!r}{closest(value, choices)}')
 
 
-def block_of(cls: type[nn.Module], remat: str) -> type[nn.Module]:
-  """A block that keeps for its backward pass what `remat` says (see REMAT)."""
-  if remat == 'none':
-    return cls
-  return nn.remat(cls, policy=REMAT[remat])
-
-
 class Encoder(nn.Module):
   """What a convolutional encoder has besides its blocks; one adds `width`, `out_grid`.
 
@@ -157,7 +150,7 @@ class Encoder(nn.Module):
     mean, std: by colour; bytes become (x - mean) / std, other values stay as they are.
     pool: 'none', or 'mean' over the grid: one vector per item besides the tokens.
     num_classes: > 0 gives the head of a classifier, see `logits`.
-    remat: what a block keeps for its backward pass, see `nn.transformer.REMAT`.
+    remat: what a block keeps for its backward pass, see `nn.remat`.
     dtype, param_dtype: of compute, of storage.
   """
 

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.batch import Bank
-from mmjax.nn.conv import ConvNorm, Encoder, block_of
+from mmjax.nn.conv import ConvNorm, Encoder
 from mmjax.nn.features import Features
+from mmjax.nn.remat import remat
 from mmjax.sharding import constrain
 
 # Factor of widening, window, stride, channels, number of blocks.
@@ -84,7 +85,7 @@ class EfficientNet(Encoder):
   def _body(self, x):
     kinds = dict(eps=self.norm_eps, axis=None, param_dtype=self.param_dtype)
     x = relu6(ConvNorm(self.stem, 3, 2, name='stem', **kinds)(x))
-    block, i = block_of(Inverted, self.remat), 0
+    block, i = remat(Inverted, self.remat), 0
     for expand, window, stride, channels, count in self.stages:
       for j in range(count):
         step = stride if j == 0 else 1

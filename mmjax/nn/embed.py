@@ -18,8 +18,9 @@ import jax.numpy as jnp
 
 from mmjax.batch import PLACEHOLDER, Bank, PackedBatch
 from mmjax.nn.transformer import kernel_init
-from mmjax.ops.across import lookup, take
+from mmjax.ops.across import lookup, rows, take
 from mmjax.ops.linear import linear
+from mmjax.ops.vocabulary import Head
 from mmjax.shape import check
 from mmjax.sharding import constrain, param
 
@@ -138,26 +139,25 @@ class StreamEmbed(nn.Module):
       # Below 0 would count from the end; both ways out of the table are filled.
       here = stream.positions[..., 0]
       here = jnp.where(here < 0, self.max_positions, here)
-      rows = jnp.take(_whole(self.positions), here, axis=0, mode='fill')
-      x = x + rows.astype(self.dtype)
+      vectors = rows(_whole(self.positions), here)
+      x = x + vectors.astype(self.dtype)
     if self.modality:
-      kinds = jnp.take(_whole(self.kinds), kind_ids, axis=0)
-      x = x + kinds.astype(self.dtype)
+      x = x + rows(_whole(self.kinds), kind_ids).astype(self.dtype)
     return constrain(x, 'batch', 'seq', 'act_embed')
 
-  def attend(self, hidden: jax.Array) -> jax.Array:
-    """Logits of a tied head, f[..., D] -> f32[..., V]."""
-    logits = linear(hidden, self.text.T, dtype=jnp.float32)
+  def head(self, soft_cap: float | None = None) -> Head:
+    """The tied head: the tables of words."""
     if not self.extra_words:
-      return logits
-    return jnp.concatenate([logits, linear(hidden, self.extra.T, dtype=jnp.float32)], -1)
+      return Head((self.text,), (('vocab', 'embed'),), soft_cap)
+    axes = (('vocab', 'embed'), (None, 'embed'))
+    return Head((self.text, self.extra), axes, soft_cap)
 
   def _words(self, tokens):
     if not self.extra_words:
       return lookup(self.text, tokens, self.dtype)
     V = len(self.text)
     usual = lookup(self.text, jnp.minimum(tokens, V - 1), self.dtype)
-    extra = jnp.take(_whole(self.extra), jnp.maximum(tokens - V, 0), axis=0)
+    extra = rows(_whole(self.extra), jnp.maximum(tokens - V, 0))
     return jnp.where((tokens < V)[..., None], usual, extra.astype(self.dtype))
 
   def _check(self, bank: Mapping[str, Bank]) -> None:

@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.batch import Bank
-from mmjax.nn.conv import Dense, Encoder, block_of, check_choice
+from mmjax.nn.conv import Dense, Encoder, check_choice
 from mmjax.nn.features import Features
+from mmjax.nn.remat import remat
 from mmjax.ops import conv as ops
 from mmjax.sharding import constrain, param
 
@@ -131,7 +132,7 @@ class NFNet(Encoder):
       axis = 'channels' if i == 3 else None
       x = x if i == 0 else act(x)
       x = WSConv(channels, 3, strides[i], axis=axis, name=f'stem_{i}', **kinds)(x)
-    block, k, total, variance = block_of(Block, self.remat), 0, sum(self.depths), 1.0
+    block, k, total, variance = remat(Block, self.remat), 0, sum(self.depths), 1.0
     for i, (width, depth) in enumerate(zip(self.widths, self.depths)):
       for j in range(depth):
         keep = 1.0

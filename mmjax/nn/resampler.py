@@ -21,7 +21,8 @@ import jax.numpy as jnp
 
 from mmjax.batch import KeyTags, QueryTags
 from mmjax.nn.cross_attention import Config, CrossAttention
-from mmjax.nn.transformer import REMAT, Mlp, kernel_init
+from mmjax.nn.remat import remat
+from mmjax.nn.transformer import Mlp, kernel_init
 from mmjax.ops.linear import linear
 from mmjax.shape import check
 from mmjax.sharding import constrain, param
@@ -54,7 +55,7 @@ class Resampler(nn.Module):
     num_frames: length of the table of time embeddings; 0 = none. Later frames take
       the last one.
     activation, gated, norm, qk_norm: see `nn.cross_attention.Config`.
-    remat: what a layer keeps for its backward pass, see `nn.transformer.REMAT`.
+    remat: what a layer keeps for its backward pass, see `nn.remat`.
     chunk, attention, norm_eps, dtype, param_dtype: as everywhere.
   """
 
@@ -156,9 +157,7 @@ class Resampler(nn.Module):
     segments = jnp.concatenate([jnp.asarray(items), owner], 1)
     key_tags = KeyTags(segments, jnp.zeros_like(segments))
 
-    layer = Layer
-    if self.remat != 'none':
-      layer = nn.remat(layer, prevent_cse=False, policy=REMAT[self.remat])
+    layer = remat(Layer, self.remat, prevent_cse=False)
     layer = nn.scan(
       layer,
       variable_axes={'params': 0},

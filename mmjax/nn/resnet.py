@@ -18,8 +18,9 @@ import flax.linen as nn
 import jax
 
 from mmjax.batch import Bank
-from mmjax.nn.conv import NORMS, ConvNorm, Encoder, block_of, check_choice
+from mmjax.nn.conv import NORMS, ConvNorm, Encoder, check_choice
 from mmjax.nn.features import Features
+from mmjax.nn.remat import remat
 from mmjax.ops import conv as ops
 from mmjax.sharding import constrain
 
@@ -97,7 +98,7 @@ class ResNet(Encoder):
     )  # fmt: skip
     x = jax.nn.relu(ConvNorm(self.stem, 7, 2, 3, name='stem', **kinds)(x))
     x = ops.max_pool(x, 3, 2, 1)
-    block = block_of(Residual, self.remat)
+    block = remat(Residual, self.remat)
     for i, (width, depth) in enumerate(zip(self.widths, self.depths)):
       for j in range(depth):
         stride = 2 if i and not j else 1

@@ -33,6 +33,7 @@ import numpy as np
 
 from mmjax.batch import KeyTags, QueryTags
 from mmjax.nn.cache import KV, write
+from mmjax.nn.remat import REMAT, remat
 from mmjax.ops.attention import IMPLEMENTATIONS, attend
 from mmjax.ops.linear import linear
 from mmjax.ops.norms import layer_norm, rms_norm
@@ -49,15 +50,6 @@ ACTIVATIONS = {
 }
 # Which products have a bias: attention's inputs (Qwen2), or all of them.
 BIAS = ('none', 'qkv', 'all')
-
-_policies = jax.checkpoint_policies
-# What a layer keeps for its backward pass; the rest is made anew.
-REMAT = {
-  'none': None,  # keeps everything
-  'full': _policies.nothing_saveable,  # keeps the layer's input
-  'dots': _policies.dots_with_no_batch_dims_saveable,  # products with kernels
-  'all_dots': _policies.dots_saveable,  # and attention's
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,8 +381,8 @@ class Transformer(nn.Module):
         positions, width, c.rope_base, c.rope_sections, c.rope_scaling
       )
     block = Block
-    if c.remat != 'none' and layers is None:
-      block = nn.remat(block, prevent_cse=not c.scan, policy=REMAT[c.remat])
+    if layers is None:
+      block = remat(block, c.remat, prevent_cse=not c.scan)
     rest = (angles, query_tags, key_tags, slot)
     if before is not None and not self.is_initializing() and c.scan:
       make = functools.partial(block, c, not train, parent=None)

@@ -82,18 +82,21 @@ def lookup(table: jax.Array, index: jax.Array, dtype: Any = None) -> jax.Array:
   dtype = table.dtype if dtype is None else dtype
   words, width = mesh_axes('vocab'), mesh_axes('embed')
   if not words and not width:
-    return jnp.take(table, index, axis=0).astype(dtype)
+    return rows(table, index).astype(dtype)
   table_spec = spec('a table', table.shape, ('vocab', 'embed'))
   i_spec = spec('slots', index.shape, ('batch', 'seq'))
-  rows = mesh_axes('batch')
+  batch = mesh_axes('batch')
   # Rows go back to their own devices; what has no rows of its own gets all of D.
-  shared = width if rows[len(rows) - len(width) :] == width else ()
+  shared = width if batch[len(batch) - len(width) :] == width else ()
 
   def run(table, index):
     if shared:
       index = jax.lax.all_gather(index, shared, tiled=True)
     at = index - (jax.lax.axis_index(words) * len(table) if words else 0)
-    out = jnp.take(table, jnp.clip(at, 0, len(table) - 1), axis=0).astype(dtype)
+    # Each device's own part, so that its gradient is summed here before it is sent.
+    more = tuple(jax.typeof(at).vma - jax.typeof(table).vma)
+    table = jax.lax.pcast(table, more, to='varying') if more else table
+    out = rows(table, jnp.clip(at, 0, len(table) - 1)).astype(dtype)
     if words:
       here = (at >= 0) & (at < len(table))
       out = jax.lax.psum(jnp.where(here[..., None], out, 0), words)
@@ -103,6 +106,32 @@ def lookup(table: jax.Array, index: jax.Array, dtype: Any = None) -> jax.Array:
   return jax.shard_map(run, in_specs=(table_spec, i_spec), out_specs=out_spec)(
     table, index
   )
+
+
+def rows(table: jax.Array, index: jax.Array) -> jax.Array:
+  """table[index], f[V, D] and i32[...] >= 0 -> f[..., D]; NaN beyond the table.
+
+  The gradient of a frequent row is a sum of thousands, and one in bfloat16 stops to grow
+  after 256 terms of one size. So a narrow table's is summed in float32 and rounded once.
+  """
+  if table.dtype.itemsize >= 4:
+    return jnp.take(table, index, axis=0, mode='fill')
+  return _rows(table, index)
+
+
+@jax.custom_vjp
+def _rows(table, index):
+  return jnp.take(table, index, axis=0, mode='fill')
+
+
+def _rows_backward(residuals, g):
+  table, index = residuals
+  sums = jnp.zeros_like(table, jnp.float32)
+  sums = sums.at[index].add(g.astype(jnp.float32), mode='drop')
+  return sums.astype(table.dtype), None
+
+
+_rows.defvjp(lambda table, index: (_rows(table, index), (table, index)), _rows_backward)
 
 
 def spec(what: str, shape: tuple[int, ...], names: tuple[str | None, ...]) -> P:

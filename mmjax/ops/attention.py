@@ -24,6 +24,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mmjax import sharding
 from mmjax.batch import KeyTags, QueryTags, visible
@@ -32,6 +33,8 @@ from mmjax.ops import context
 from mmjax.shape import check
 
 Reach = int | tuple[int, int]
+# By these names `jax.checkpoint` may keep what `partial_attend` returns.
+NAMES = ('attention_out', 'attention_lse')
 
 IMPLEMENTATIONS = ('auto', 'xla', 'pallas')
 # Of fewer queries, as in decoding, the kernel would compute mostly what nobody asked.
@@ -155,7 +158,8 @@ def partial_attend(
   else:
     made = _in_chunks(part, q, k, v, query_tags, key_tags, math.ceil(T / count), reach)
   out, lse = (jnp.moveaxis(x, 3, 1) for x in made)
-  return out.reshape(B, T, N, -1), lse.reshape(B, T, N)
+  made = out.reshape(B, T, N, -1), lse.reshape(B, T, N)
+  return tuple(checkpoint_name(x, name) for x, name in zip(made, NAMES))
 
 
 def _in_chunks(part, q, k, v, query_tags, key_tags, size, reach):

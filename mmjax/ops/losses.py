@@ -9,14 +9,11 @@ Token t is predicted from the hidden state of the slot before it in its document
 Before the first slot of a branch (see `mmjax.batch`) stands the last one of the trunk.
 
 A row has a fixed number of places for targets, so head and softmax see
-[B, num_targets] instead of [B, T] slots, and those in chunks that are made anew
-in the backward pass: [B, T, V] never exists. Sums, not means, are returned, so
-that the step can divide by the weight of the whole global batch.
+[B, num_targets] instead of [B, T] slots, and of their logits a few words at a time
+(`ops.vocabulary`): [B, T, V] never exists. Sums, not means, are returned, so that the
+step can divide by the weight of the whole global batch.
 """
 
-import functools
-import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -24,6 +21,7 @@ import jax.numpy as jnp
 
 from mmjax.batch import FOREVER, Stream
 from mmjax.ops.across import take
+from mmjax.ops.vocabulary import LIMIT, Head, log_probs
 from mmjax.shape import check
 from mmjax.sharding import constrain, parts
 
@@ -75,24 +73,22 @@ def select_targets(stream: Stream, num_targets: int) -> tuple[jax.Array, jax.Arr
 
 def next_token_loss(
   hidden: jax.Array,
-  unembed: Callable[[jax.Array], jax.Array],
+  head: Head,
   stream: Stream,
   num_targets: int,
   *,
   z_loss: float = 0.0,
-  chunk: int = 256,
+  limit: int = LIMIT,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
   """Sum over the trained tokens of weight * cross-entropy.
 
   Args:
     hidden: f[B, T, D] after the final norm.
-    unembed: from f[B, x, D] to logits f32[B, x, V].
+    head: from there to logits, see `ops.vocabulary`.
     stream: tokens, segments and weights of the batch.
     num_targets: places per row, `Budget.targets`.
     z_loss: adds z_loss * log(sum(exp(logits)))^2 (PaLM, 2204.02311, section 5).
-    chunk: at most so many targets of a row have logits on a device at one time. Each
-      chunk of a sharded batch sums the head's gradient over devices: no smaller than
-      need be.
+    limit: bytes of logits at one time, see `ops.vocabulary.log_probs`.
 
   Returns:
     (loss, weight, sums): f32 scalars; the loss is the one to differentiate, with
@@ -101,38 +97,23 @@ def next_token_loss(
     'lost' (targets beyond num_targets: must be 0, or the loss is not whole).
 
   Raises:
-    ValueError: shapes that don't fit; num_targets or chunk < 1, or no slot to predict.
+    ValueError: shapes that don't fit; num_targets or limit < 1, or no slot to predict.
   """
   stream = _whole_rows(stream)
-  gathered = _gather(hidden, stream, num_targets, chunk, 'next_token_loss')
-  num_targets = min(num_targets, gathered.slots.shape[1])
-  hidden, tokens, weights = gathered.hidden, gathered.tokens, gathered.weights
-
-  @functools.partial(jax.checkpoint, prevent_cse=False)
-  def part(xs):
-    hidden, tokens, weights = xs
-    return _sums(unembed(hidden), tokens, weights)
-
-  xs = (hidden, tokens, weights)
-  if num_targets <= chunk:
-    ce, square, correct = part(xs)
-  else:
-    zero = jnp.zeros((), jnp.float32)
-    (ce, square, correct), _ = jax.lax.scan(
-      lambda sums, xs: (jax.tree.map(jnp.add, sums, part(xs)), None),
-      (zero, zero, zero),
-      jax.tree.map(lambda x: _split(x, chunk), xs),
-    )
+  found = _gather(hidden, stream, num_targets, 'next_token_loss')
+  num_targets = min(num_targets, found.slots.shape[1])
+  log_z, right, best = log_probs(found.hidden, head, found.tokens, limit=limit)
+  ce = jnp.sum(found.weights * (log_z - right))
+  z = z_loss * jnp.sum(found.weights * log_z**2)
   num = jnp.sum(trained_slots(stream), 1)
-  z = z_loss * square
   sums = {
     'ce': ce,
     'z_loss': z,
-    'correct': correct,
+    'correct': jnp.sum(jnp.where(best == found.tokens, found.weights, 0.0)),
     'targets': jnp.sum(num).astype(jnp.float32),
     'lost': jnp.sum(jnp.maximum(num - num_targets, 0)).astype(jnp.float32),
   }
-  return ce + z, jnp.sum(weights), sums
+  return ce + z, jnp.sum(found.weights), sums
 
 
 class TokenLosses(NamedTuple):
@@ -149,12 +130,7 @@ class TokenLosses(NamedTuple):
 
 
 def token_losses(
-  hidden: jax.Array,
-  unembed: Callable[[jax.Array], jax.Array],
-  stream: Stream,
-  num_targets: int,
-  *,
-  chunk: int = 256,
+  hidden: jax.Array, head: Head, stream: Stream, num_targets: int, *, limit: int = LIMIT
 ) -> TokenLosses:
   """Cross-entropy of every trained token by itself; arguments of `next_token_loss`.
 
@@ -162,20 +138,9 @@ def token_losses(
     ValueError: see `next_token_loss`.
   """
   stream = _whole_rows(stream)
-  found = _gather(hidden, stream, num_targets, chunk, 'token_losses')
-  B, K = found.slots.shape
-
-  def part(xs):
-    log_z, right, _ = _log_probs(unembed(xs[0]), xs[1])
-    return log_z - right
-
-  xs = (found.hidden, found.tokens)
-  if chunk >= K:
-    losses = part(xs)
-  else:
-    losses = jax.lax.map(part, jax.tree.map(lambda x: _split(x, chunk), xs))
-    losses = jnp.moveaxis(losses, 0, 2).reshape(B, -1)[:, :K]
-  losses = jnp.where(found.used, losses, 0.0)
+  found = _gather(hidden, stream, num_targets, 'token_losses')
+  log_z, right, _ = log_probs(found.hidden, head, found.tokens, limit=limit)
+  losses = jnp.where(found.used, log_z - right, 0.0)
   return TokenLosses(found.slots, found.used, found.tokens, losses)
 
 
@@ -189,18 +154,19 @@ class _Gathered(NamedTuple):
   hidden: jax.Array
 
 
-def _gather(hidden, stream, num_targets, chunk, who) -> _Gathered:
+def _gather(hidden, stream, num_targets, who) -> _Gathered:
   T = check('B T D', hidden, 'B T', stream.tokens)['T']
-  if num_targets < 1 or chunk < 1 or T < 2:
+  if num_targets < 1 or T < 2:
     raise ValueError(
-      f'{who}: needs num_targets >= 1, chunk >= 1 and two slots;'
-      f' got {num_targets}, {chunk} and {T}'
+      f'{who}: needs num_targets >= 1 and two slots; got {num_targets} and {T}'
     )
   # Where the stream is split, so are the targets: as many places as divide.
-  places = _round_up(min(num_targets, T), parts('seq'))
+  split = parts('seq')
+  places = -(-min(num_targets, T) // split) * split
   slots, used = select_targets(stream, places)
   used &= jnp.arange(places)[None] < num_targets
-  tokens = jnp.take_along_axis(stream.tokens, slots, 1)
+  # A trained slot is always text; the maximum only guards unused places.
+  tokens = jnp.maximum(jnp.take_along_axis(stream.tokens, slots, 1), 0)
   weights = jnp.where(used, jnp.take_along_axis(stream.weights, slots, 1), 0.0)
   previous = jnp.take_along_axis(previous_slots(stream), slots, 1)
   hidden = take(hidden, jnp.maximum(previous, 0))
@@ -211,43 +177,3 @@ def _whole_rows(stream):
   """The tags of whole rows, on every device: few bytes beside hidden, and targets are
   found by what stands before them."""
   return jax.tree.map(lambda x: constrain(x, 'batch', *[None] * (x.ndim - 1)), stream)
-
-
-def _round_up(n, multiple):
-  return math.ceil(n / multiple) * multiple
-
-
-def _split(x, chunk):
-  """[B, K, ...] -> [count, B, size, ...] with size about <= chunk; padded with 0.
-
-  Part i takes i, i + count, ...: so every device's places are spread over all parts.
-  """
-  K = x.shape[1]
-  count = math.ceil(K / chunk)
-  size = _round_up(math.ceil(K / count), parts('seq'))
-  width = [(0, 0), (0, count * size - K)] + [(0, 0)] * (x.ndim - 2)
-  return jnp.moveaxis(jnp.pad(x, width).reshape(len(x), size, count, *x.shape[2:]), 2, 0)
-
-
-def _log_probs(logits, tokens):
-  """(log-normaliser, logit of the token, the logits), all f32."""
-  logits = logits.astype(jnp.float32)
-  log_z = jax.nn.logsumexp(logits, -1)
-  # A trained slot is always text; the maximum only guards unused places.
-  right = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[..., None], -1)[..., 0]
-  return log_z, right, logits
-
-
-def _sums(logits, tokens, weights):
-  """Sums of weight * (cross-entropy, log-normaliser squared, correctness)."""
-  log_z, right, logits = _log_probs(logits, tokens)
-  # The first of the largest, in two plain reductions: argmax is one slow loop on CPU.
-  V = logits.shape[-1]
-  ids = jnp.arange(V, dtype=tokens.dtype).reshape((1,) * (logits.ndim - 1) + (V,))
-  best = jnp.where(logits == jnp.max(logits, -1, keepdims=True), ids, V)
-  correct = jnp.min(best, -1) == tokens
-  return (
-    jnp.sum(weights * (log_z - right)),
-    jnp.sum(weights * log_z**2),
-    jnp.sum(jnp.where(correct, weights, 0.0)),
-  )

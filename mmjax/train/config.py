@@ -91,6 +91,8 @@ def defaults() -> ConfigDict:
         freeze=(),  # patterns of parameter paths
         ema=OPTIONAL(float),  # decay of the moving average of the parameters
         options=dict(),  # arguments of the optimizer, e.g. b2=0.95
+        state_dtype=OPTIONAL(str),  # of moments: float32 (None) or bfloat16
+        grad_dtype=OPTIONAL(str),  # of what devices send: as parameters (None), bfloat16
       ),
       sharding=dict(
         preset='dp',

@@ -8,6 +8,16 @@ Patterns are those of the shell (`fnmatch`) on paths like 'layers/mlp/up'; one t
 matches nothing is an error. AdamW: Loshchilov & Hutter 1711.05101; Adafactor:
 Shazeer & Stern 1804.04235; Lion: Chen et al. 2302.06675; Muon: Jordan 2024, scaled as
 by Liu et al. 2502.16982.
+
+What is kept, per trained parameter, in bytes:
+
+                        parameter  adamw  lion, sgd, muon  adafactor
+  state_dtype float32       4        8           4         rows + columns
+  state_dtype bfloat16      4        4           2         rows + columns
+
+Parameters that are trained are float32: a bfloat16 one would lose every update below
+1/512 of it. So `grad_dtype` bfloat16 trains in bfloat16 with a float32 master: the step
+works on a cast copy (see `train.step`). Arithmetic of the optimizer is float32 always.
 """
 
 import dataclasses
@@ -23,6 +33,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from mmjax.names import closest, pick
+from mmjax.train.moments import stored
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -123,6 +134,7 @@ def _sgd(names, *, momentum: float = 0.9, nesterov: bool = False):
   return optax.trace(momentum, nesterov) if momentum else optax.identity()
 
 
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 OPTIMIZERS = {
   'adamw': _adamw,
   'adafactor': _adafactor,
@@ -197,6 +209,8 @@ class Optimizer:
   trained:  tree of bool, like the parameters; False = frozen.
   decayed:  tree of bool; True = weight decay.
   ema:      decay of the moving average of the trained parameters, or None.
+  grad_dtype: of the parameters that the loss gets and of their gradients, as devices
+    send them to each other; None = as they are kept.
   """
 
   tx: optax.GradientTransformation
@@ -204,6 +218,7 @@ class Optimizer:
   trained: Any
   decayed: Any
   ema: float | None = None
+  grad_dtype: Any = None
 
   def split(self, params) -> tuple[Any, Any]:
     """(trained, frozen): both like params, with None at the other's leaves."""
@@ -234,6 +249,8 @@ def build(
   freeze: Sequence[str] = (),
   ema: float | None = None,
   options: Mapping[str, Any] | None = None,
+  state_dtype: str | None = None,
+  grad_dtype: str | None = None,
 ) -> Optimizer:
   """Builds the optimizer of a tree of parameters.
 
@@ -243,10 +260,12 @@ def build(
       leaves out what is a vector per layer (norms, biases), however it is stacked.
     name: a key of `OPTIMIZERS`; `options` are its arguments.
     steps: steps of the run, the end of the decay unless schedule.decay_steps.
+    state_dtype, grad_dtype: keys of `DTYPES`, or None; see the table above.
     others: see `config.defaults`.
 
   Raises:
-    ValueError: an unknown name or option, or a pattern that matches nothing.
+    ValueError: an unknown name or option, a pattern that matches nothing, or a trained
+      parameter of less than 32 bits.
   """
   kind = pick('optimizer', name, OPTIMIZERS)
   options = dict(options or {})
@@ -257,6 +276,9 @@ def build(
   trained = jax.tree.map(lambda hit: not hit, match(params, freeze, 'optim.freeze'))
   if not any(jax.tree.leaves(trained)):
     raise ValueError(f'optim.freeze = {tuple(freeze)} freezes every parameter')
+  _refuse_narrow(params, trained)
+  state_dtype = state_dtype and pick('optim.state_dtype', state_dtype, DTYPES)
+  grad_dtype = grad_dtype and pick('optim.grad_dtype', grad_dtype, DTYPES)
   plain = dict(schedule or {'name': 'constant'})
   rate = make_schedule(
     plain['name'],
@@ -272,13 +294,25 @@ def build(
     return jax.tree.map(lambda t, x: x if t else None, trained, tree)
 
   parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-  parts.append(kind(names, **options))
+  direction = kind(names, **options)
+  parts.append(stored(direction) if state_dtype == jnp.bfloat16 else direction)
   if weight_decay:
     parts.append(optax.add_decayed_weights(weight_decay, live(decayed)))
   if multipliers:
     parts.append(_scale_by(live(factors)))
   parts.append(optax.scale_by_learning_rate(rate))
-  return Optimizer(_lenient(optax.chain(*parts)), rate, trained, decayed, ema)
+  tx = _lenient(optax.chain(*parts))
+  return Optimizer(tx, rate, trained, decayed, ema, grad_dtype)
+
+
+def _refuse_narrow(params, trained):
+  leaves = zip(paths(params), jax.tree.leaves(params), jax.tree.leaves(trained))
+  for path, leaf, live in leaves:
+    if live and jnp.dtype(leaf.dtype).itemsize < 4:
+      raise ValueError(
+        f'{path} is trained in {leaf.dtype}: updates would be lost; keep it in float32'
+        " (param_dtype), with optim.grad_dtype='bfloat16' to compute and send less"
+      )
 
 
 def _lenient(tx):

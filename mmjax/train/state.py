@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mmjax import sharding
+from mmjax.train.moments import parameter_of
 from mmjax.train.optim import Optimizer, merge, paths
 
 
@@ -66,22 +67,12 @@ def shardings(
   """
   whole = NamedSharding(mesh, PartitionSpec())
   placed, _ = optimizer.split(param_shardings)
-  known = {
-    path: (x.shape, s)
-    for (path, x), s in zip(
-      jax.tree_util.tree_leaves_with_path(abstract.params),
-      jax.tree.leaves(param_shardings),
-      strict=True,
-    )
-  }
+  flat = jax.tree_util.tree_leaves_with_path(abstract.params)
+  shapes = {path: x.shape for path, x in flat}
+  where = dict(zip(shapes, jax.tree.leaves(param_shardings), strict=True))
 
   def of(path, leaf):
-    """A leaf that ends in a parameter's path, such as mu/<path>, lies where that does."""
-    for start in range(len(path)):
-      shape, sharding = known.get(path[start:], (None, None))
-      if leaf.shape == shape:
-        return sharding
-    return whole
+    return where.get(parameter_of(path, leaf, shapes), whole)
 
   opt_state = jax.tree_util.tree_map_with_path(of, abstract.opt_state)
   ema = None if abstract.ema is None else placed

@@ -10,6 +10,12 @@ rows a, a + A, a + 2A, ...: then every device keeps the rows it holds.
   microbatch 0       0   2   | 4   6
   microbatch 1         1   3 |   5   7
 
+With `optim.grad_dtype` the loss gets a copy of the parameters in that type, cast where
+they lie: what devices gather of it, and what they send each other of its gradients, has
+that type, while parameters, sums over microbatches and the update stay as they are:
+
+  f32 master --cast--> bf16 shards --gather--> loss --> bf16 gradients, reduced --> f32
+
 If loss or gradient is not finite, the update is left out and counted.
 """
 
@@ -50,35 +56,40 @@ def make_step(
     and 'skipped_in_a_row'.
   """
 
-  def place(tree):
-    if grad_shardings is None:
-      return tree
-    placed, _ = optimizer.split(grad_shardings)
-    return jax.lax.with_sharding_constraint(tree, placed)
+  placed = (None, None) if grad_shardings is None else optimizer.split(grad_shardings)
+
+  def place(tree, where=placed[0]):
+    return tree if where is None else jax.lax.with_sharding_constraint(tree, where)
 
   def step(state, batch):
     trained, frozen = optimizer.split(state.params)
     key = jax.random.fold_in(rng, state.step)
+    # Once a step, and before anything is gathered.
+    used = place(_cast(trained, optimizer.grad_dtype))
+    fixed = place(_cast(frozen, optimizer.grad_dtype), placed[1])
 
-    def loss(trained, batch, key):
-      total, sums = loss_fn(merge(trained, frozen), batch, key, True)
+    def loss(used, batch, key):
+      total, sums = loss_fn(merge(used, fixed), batch, key, True)
       return total, {'loss': total, **sums}
 
-    gradient = jax.grad(loss, has_aux=True)
+    def gradient(batch, key):
+      grads, sums = jax.grad(loss, has_aux=True)(used, batch, key)
+      grads = jax.tree.map(lambda g, p: g.astype(p.dtype), place(grads), trained)
+      return grads, sums
+
     if accumulate == 1:
-      grads, sums = gradient(trained, batch, key)
-      grads = place(grads)
+      grads, sums = gradient(batch, key)
     else:
 
       def one(carry, xs):
         micro, i = xs
-        new = gradient(trained, micro, jax.random.fold_in(key, i))
+        new = gradient(micro, jax.random.fold_in(key, i))
         grads, sums = jax.tree.map(jnp.add, carry, new)
         return (place(grads), sums), None
 
       micros = split_rows(batch, accumulate)
       first = jax.tree.map(lambda x: x[0], micros)
-      shapes = jax.eval_shape(gradient, trained, first, key)
+      shapes = jax.eval_shape(gradient, first, key)
       zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
       (grads, sums), _ = jax.lax.scan(one, zeros, (micros, jnp.arange(accumulate)))
 
@@ -121,6 +132,16 @@ def make_step(
     return new_state, {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
 
   return step
+
+
+def _cast(tree, dtype):
+  """Arrays of real numbers in dtype; scalars, such as a temperature, as they are."""
+
+  def one(x):
+    real = jnp.issubdtype(x.dtype, jnp.floating) and x.ndim
+    return x.astype(dtype) if real and dtype is not None else x
+
+  return jax.tree.map(one, tree)
 
 
 def split_rows(batch: Any, parts: int) -> Any:

@@ -25,7 +25,7 @@ def next_token(model: Any, *, num_targets: int, z_loss: float = 0.0) -> Callable
 
   Args:
     model: `apply(variables, batch, train=)` gives hidden f[B, T, D], and its method
-      'logits' turns those into logits.
+      'head' tells what turns those into logits.
     num_targets: places for trained tokens in a row, `Budget.targets`.
     z_loss: see `ops.losses.next_token_loss`.
   """
@@ -35,12 +35,9 @@ def next_token(model: Any, *, num_targets: int, z_loss: float = 0.0) -> Callable
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     variables = {'params': params}
     hidden = model.apply(variables, batch, train=train, rngs={'dropout': rng})
-
-    def unembed(hidden):
-      return model.apply(variables, hidden, method='logits')
-
+    head = model.apply(variables, method='head')
     loss, weight, sums = next_token_loss(
-      hidden, unembed, batch.stream, num_targets, z_loss=z_loss
+      hidden, head, batch.stream, num_targets, z_loss=z_loss
     )
     return loss, {
       'weight': weight,

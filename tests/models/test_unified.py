@@ -32,11 +32,8 @@ def params():
 def loss_and_grads(params, batch, model=MODEL, targets=24, z_loss=0.01):
   def loss(params):
     hidden = model.apply({'params': params}, batch)
-
-    def logits(h):
-      return model.apply({'params': params}, h, method='logits')
-
-    return next_token_loss(hidden, logits, batch.stream, targets, z_loss=z_loss)[:2]
+    head = model.apply({'params': params}, method='head')
+    return next_token_loss(hidden, head, batch.stream, targets, z_loss=z_loss)[:2]
 
   value, pull = jax.vjp(loss, params)
   return value, pull((jnp.ones(()), jnp.zeros(())))[0]

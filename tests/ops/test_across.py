@@ -9,6 +9,7 @@ from mmjax import sharding
 from mmjax.batch import Budget
 from mmjax.ops.across import lookup, take
 from mmjax.ops.losses import next_token_loss
+from mmjax.ops.vocabulary import Head
 
 MIXED = {'fsdp': 2, 'tensor': 2, 'context': 2}
 
@@ -78,9 +79,8 @@ def test_loss_of_a_split_stream_equals_one_device(targets):
   )
 
   def loss(hidden, stream):
-    total, weight, sums = next_token_loss(
-      hidden, lambda x: x @ head, stream, targets, chunk=3
-    )
+    words = Head((jnp.asarray(head),), (('embed', 'vocab'),))
+    total, weight, sums = next_token_loss(hidden, words, stream, targets, limit=3 * 4)
     return jnp.stack([total, weight, *sums.values()])
 
   want, _ = on_mesh({'data': 1}, loss, hidden, s)

@@ -17,6 +17,7 @@ from mmjax.data import store
 from mmjax.data.document import Document, Image, Text
 from mmjax.data.tokenizer import ByteTokenizer
 from mmjax.data.writer import Writer
+from mmjax.ops.vocabulary import Head
 from mmjax.sharding import param
 from mmjax.train import config as config_lib
 from mmjax.train import log as log_lib
@@ -35,16 +36,18 @@ class Bigram(nn.Module):
   def setup(self):
     shape, axes = (self.vocab_size, self.embed_dim), ('vocab', 'embed')
     self.table = param(self, 'table', nn.initializers.normal(0.1), shape, axes)
-    self.head = param(self, 'head', nn.initializers.normal(0.1), shape[::-1], axes[::-1])
+    self.kernel = param(
+      self, 'head', nn.initializers.normal(0.1), shape[::-1], axes[::-1]
+    )
     self.drop = nn.Dropout(self.rate)
 
   def __call__(self, batch, *, train=False):
     hidden = jnp.take(self.table, jnp.maximum(batch.stream.tokens, 0), 0)
     hidden = self.drop(hidden, deterministic=not train)
-    return self.logits(hidden) @ self.head.T if self.is_initializing() else hidden
+    return hidden @ self.kernel @ self.kernel.T if self.is_initializing() else hidden
 
-  def logits(self, hidden):
-    return hidden @ self.head
+  def head(self):
+    return Head((self.kernel,), (('embed', 'vocab'),))
 
   def slots(self, item):
     return item.grid

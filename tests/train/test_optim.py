@@ -178,12 +178,23 @@ def test_optimizer_leaves_live_where_their_parameter_lives(toy, name, preset):
     (dict(multipliers=[('x', 2.0)]), "multipliers: 'x' matches no parameter"),
     (dict(no_decay=['x']), "no_decay: 'x' matches no parameter"),
     (dict(freeze=['*']), 'freezes every parameter'),
+    (dict(state_dtype='bfloat'), "unknown optim.state_dtype 'bfloat'; did you mean 'b"),
+    (dict(grad_dtype='float16'), "unknown optim.grad_dtype 'float16'; did you mean 'bf"),
   ],
 )
 def test_mistakes_are_one_line(kwargs, message):
   with pytest.raises(ValueError, match=message) as caught:
     build(**kwargs)
   assert '\n' not in str(caught.value)
+
+
+def test_what_is_trained_is_float32():
+  half = {**PARAMS, 'head': PARAMS['head'].astype(jnp.bfloat16)}
+  kwargs = dict(name='sgd', learning_rate=0.1, steps=100)
+  with pytest.raises(ValueError, match='head is trained in bfloat16: updates would be l'):
+    optim.build(half, NAMES, **kwargs)
+  made = optim.build(half, NAMES, freeze=['head'], **kwargs)
+  assert not made.trained['head']
 
 
 def test_state_without_average_evaluates_the_parameters():

@@ -1,0 +1,280 @@
+"""Log-probabilities of single words, without the logits of all.
+
+  log p(w) = x . W[w] - log_z        log_z = log sum_v exp(x . W[v])
+
+The vocabulary is walked in blocks of words. The way there keeps, per token, running
+statistics (as of online softmax, Milakov & Gimelshein 1805.02867); the way back makes
+each block's logits anew and turns them at once into the gradient of the block's kernel,
+which no other block adds to, and into a part of the hidden's:
+
+  words     0 ......... V      blocks of words, over all tokens of a device
+  logits    |####|....|...     [tokens, block] is all that exists, <= `limit` bytes
+  d hidden  sum over blocks    [tokens, D], f32
+  d kernel  |####|....|...     written once, added up over devices once
+
+Where the words are split over devices ('act_vocab'), each device walks its own, and
+statistics and hidden gradients are joined after the last block: logits never move. If
+one block holds all words, its logits are kept for the way back.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mmjax.ops.linear import linear
+from mmjax.shape import check
+from mmjax.sharding import constrain, parts
+
+LIMIT = 2**28  # bytes of f32 logits that a device holds at one time
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Head:
+  """What turns hidden states into logits.
+
+  kernels:  f[D, V] or f[V, D] each; their words, one kernel's after the other's.
+  axes:     the names of each kernel's axes; one is 'embed', the other of words.
+  soft_cap: c * tanh(logits / c) (Gemma 2, 2408.00118), None = off.
+  """
+
+  kernels: tuple[jax.Array, ...]
+  axes: tuple[tuple[str | None, str | None], ...] = dataclasses.field(
+    metadata=dict(static=True)
+  )
+  soft_cap: float | None = dataclasses.field(default=None, metadata=dict(static=True))
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """Those of all words, f[..., D] -> f32[..., V]."""
+    made = []
+    for kernel, axes in zip(self.kernels, self.axes):
+      kernel = kernel if axes[0] == 'embed' else kernel.T
+      made.append(linear(hidden, kernel, dtype=jnp.float32))
+    logits = made[0] if len(made) == 1 else jnp.concatenate(made, -1)
+    if logits.ndim == 3:
+      logits = constrain(logits, 'batch', 'seq', 'act_vocab')
+    return _cap(logits, self.soft_cap)
+
+
+class LogProbs(NamedTuple):
+  """Of each place: log_z f32[...]; right f32[...], the logit of its token; best i32[...],
+  the first of the words with the largest logit."""
+
+  log_z: jax.Array
+  right: jax.Array
+  best: jax.Array
+
+
+def log_probs(
+  hidden: jax.Array, head: Head, tokens: jax.Array, *, limit: int = LIMIT
+) -> LogProbs:
+  """Softmax statistics of the words `tokens`; log_z and right have gradients.
+
+  Args:
+    hidden: f[B, K, D]
+    head: of V words in all.
+    tokens: i32[B, K] in 0..V-1.
+    limit: bytes of f32 logits that a device may hold at one time; at least one word of
+      each of its tokens.
+
+  Raises:
+    ValueError: shapes that don't fit, limit < 1, or words that don't divide over the
+      devices they are split over.
+  """
+  B, K, D = (check('B K D', hidden, 'B K', tokens)[x] for x in 'BKD')
+  if limit < 1:
+    raise ValueError(f'log_probs: limit must be at least 1 byte, got {limit}')
+  for kernel, axes in zip(head.kernels, head.axes, strict=True):
+    if axes.count('embed') != 1 or kernel.shape[axes.index('embed')] != D:
+      raise ValueError(f'log_probs: a kernel {kernel.shape} of {axes} for width {D}')
+    if kernel.size // D % _devices(axes):
+      raise ValueError(
+        f'log_probs: {kernel.size // D} words do not divide over {_devices(axes)} devices'
+      )
+  seq = parts('seq')
+  if seq == 1:  # products of whole matrices, see `ops.linear`
+    made = _stats(limit, hidden.reshape(-1, D), head, tokens.reshape(-1))
+    return LogProbs(*(x.reshape(B, K) for x in made))
+  # Every device of the sequence takes a share of the places.
+  fill = ((0, 0), (0, -K % seq))
+  hidden, tokens = jnp.pad(hidden, (*fill, (0, 0))), jnp.pad(tokens, fill)
+  hidden = constrain(hidden, 'batch', 'seq', None)
+  return LogProbs(*(x[:, :K] for x in _stats(limit, hidden, head, tokens)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _stats(limit, hidden, head, tokens):
+  return _forward(limit, hidden, head, tokens)[0]
+
+
+def _forward(limit, hidden, head, tokens):
+  """hidden f[..., D], tokens i32[...] -> `LogProbs`, and what the way back needs."""
+  found, kept, first = [], [], 0
+  for kernel, axes in zip(head.kernels, head.axes):
+    part = _Part(limit, hidden, kernel, axes, head.soft_cap)
+    zeros = jnp.zeros((*tokens.shape, part.devices), jnp.float32)
+    start = zeros - jnp.inf, zeros, zeros, jnp.full(zeros.shape, -1, jnp.int32)
+    logits = part.logits(0, part.size) if part.size == part.words else None
+    kept.append(logits)
+    stats = part.walk(functools.partial(_fold, part, logits, tokens, first), start)
+    found.append(_join(*stats))
+    first += part.devices * part.words
+  top, total, right, best = _join(
+    *map(functools.partial(jnp.concatenate, axis=-1), zip(*found))
+  )
+  log_z = (top + jnp.log(total))[..., 0]
+  out = LogProbs(log_z, right[..., 0], best[..., 0])
+  return out, (hidden, head, tokens, log_z, tuple(kept))
+
+
+def _backward(limit, residuals, cotangents):
+  hidden, head, tokens, log_z, kept = residuals
+  d_log_z, d_right, _ = cotangents
+  d_hidden, d_kernels, first = jnp.zeros(hidden.shape, jnp.float32), [], 0
+  for kernel, axes, logits in zip(head.kernels, head.axes, kept):
+    part = _Part(limit, hidden, kernel, axes, head.soft_cap)
+
+    def step(carry, i, size, part=part, logits=logits, first=first):
+      d_hidden, d_kernel = carry
+      x = part.logits(i, size) if logits is None else logits
+      right = part.ids(i, size, first) == tokens[..., None, None]
+      d = d_log_z[..., None, None] * jnp.exp(x - log_z[..., None, None])
+      d = d + jnp.where(right, d_right[..., None, None], 0.0)
+      if head.soft_cap is not None:
+        d = d * (1 - jnp.square(x / head.soft_cap))
+      d = d.astype(hidden.dtype)
+      d_hidden = d_hidden + part.to_hidden(d, i, size)
+      return d_hidden, part.put(d_kernel, part.to_kernel(d), i)
+
+    mine = jnp.zeros((*tokens.shape, part.devices, hidden.shape[-1]), jnp.float32)
+    mine, d_kernel = part.walk(step, (mine, part.split(jnp.zeros_like(kernel))))
+    d_hidden = d_hidden + jnp.sum(mine, -2)
+    d_kernels.append(constrain(d_kernel.reshape(kernel.shape), *axes))
+    first += part.devices * part.words
+  d_head = dataclasses.replace(head, kernels=tuple(d_kernels))
+  return d_hidden.astype(hidden.dtype), d_head, None
+
+
+_stats.defvjp(_forward, _backward)
+
+
+class _Part:
+  """One kernel of a head: its blocks and products.
+
+  Letters: X = the places' axes, Q = devices the words are split over, V = words of a
+  block on one of them, D = width. Kernels become [Q, V, D] or [D, Q, V].
+  """
+
+  def __init__(self, limit, hidden, kernel, axes, soft_cap):
+    self.hidden, self.soft_cap, self.dtype = hidden, soft_cap, kernel.dtype
+    self.devices = _devices(axes)
+    self.words = kernel.size // hidden.shape[-1] // self.devices
+    self.name = 'act_vocab' if self.devices > 1 else None
+    self.first = axes[0] != 'embed'  # the words' axis is
+    self.lead = ('batch', 'seq')[: hidden.ndim - 1]
+    self.spec = 'QVD' if self.first else 'DQV'
+    self.axis = self.spec.index('V')
+    places = math.prod(hidden.shape[:-1])
+    places //= math.prod(map(parts, self.lead))
+    most = max(limit // (4 * places), 1)
+    size = math.ceil(self.words / math.ceil(self.words / most))
+    # Whole lanes of a TPU, unless all fits at once.
+    self.size = (
+      size
+      if size == self.words or most < 128
+      else min(math.ceil(size / 128) * 128, most // 128 * 128)
+    )
+    self.kernel = self.split(kernel)
+
+  def split(self, kernel):
+    D, Q, V = self.hidden.shape[-1], self.devices, self.words
+    kernel = kernel.reshape((Q, V, D) if self.first else (D, Q, V))
+    return constrain(kernel, *self._names('embed'))
+
+  def _names(self, embed):
+    return tuple({'Q': self.name, 'V': None, 'D': embed}[x] for x in self.spec)
+
+  def block(self, i, size):
+    """Words i, i + 1, ... of every device, whole in D."""
+    block = jax.lax.dynamic_slice_in_dim(self.kernel, i, size, self.axis)
+    block = constrain(block, *self._names('embed')).astype(self.hidden.dtype)
+    return constrain(block, *self._names(None))
+
+  def put(self, d_kernel, block, i):
+    block = constrain(block.astype(d_kernel.dtype), *self._names('embed'))
+    return jax.lax.dynamic_update_slice_in_dim(d_kernel, block, i, self.axis)
+
+  def ids(self, i, size, first):
+    """i32[1.., Q, V]: which word each entry of a block's logits is of."""
+    device = jnp.arange(self.devices, dtype=jnp.int32)[:, None]
+    ids = first + device * self.words + i + jnp.arange(size, dtype=jnp.int32)[None]
+    return ids.reshape((1,) * (self.hidden.ndim - 1) + ids.shape)
+
+  def logits(self, i, size):
+    """f32[..., Q, V]"""
+    block = self.block(i, size)
+    y = self._einsum('XD', self.hidden, self.spec, block, 'XQV', jnp.float32)
+    y = constrain(y, *self.lead, self.name, None)
+    return _cap(y, self.soft_cap)
+
+  def to_hidden(self, d, i, size):
+    """f32[..., Q, D]: every device's own part, not yet added up."""
+    block = self.block(i, size)
+    y = self._einsum('XQV', d, self.spec, block, 'XQD', jnp.float32)
+    return constrain(y, *self.lead, self.name, None)
+
+  def to_kernel(self, d):
+    # In the kernel's precision, so that this is what devices send each other.
+    dtype = max(self.dtype, self.hidden.dtype, key=lambda dtype: dtype.itemsize)
+    return self._einsum('XD', self.hidden, 'XQV', d, self.spec, dtype)
+
+  def _einsum(self, a, x, b, y, out, dtype):
+    lead = 'BK'[: self.hidden.ndim - 1]
+    spec = f'{a},{b}->{out}'.replace('X', lead)
+    return jnp.einsum(spec, x, y, preferred_element_type=dtype)
+
+  def walk(self, step, carry):
+    """step(carry, first word, words) over all blocks; the last may be smaller."""
+    whole, rest = divmod(self.words, self.size)
+    if whole == 1:
+      carry = step(carry, 0, self.size)
+    else:
+      starts = jnp.arange(whole, dtype=jnp.int32) * self.size
+      carry, _ = jax.lax.scan(lambda c, i: (step(c, i, self.size), None), carry, starts)
+    return step(carry, whole * self.size, rest) if rest else carry
+
+
+def _devices(axes) -> int:
+  return parts('act_vocab') if 'vocab' in axes else 1
+
+
+def _cap(logits, soft_cap):
+  return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
+
+
+def _fold(part, kept, tokens, first, stats, i, size):
+  """Statistics f32[..., Q] with those of one more block of words."""
+  top, total, right, best = stats
+  logits = part.logits(i, size) if kept is None else kept
+  ids = part.ids(i, size, first)
+  high = jnp.max(logits, -1)
+  # The first of the largest, in two plain reductions: argmax is one slow loop on CPU.
+  never = jnp.iinfo(jnp.int32).max
+  found = jnp.min(jnp.where(logits == high[..., None], ids, never), -1)
+  new = jnp.maximum(top, high)
+  total = total * jnp.exp(top - new) + jnp.sum(jnp.exp(logits - new[..., None]), -1)
+  right = right + jnp.sum(jnp.where(ids == tokens[..., None, None], logits, 0.0), -1)
+  return new, total, right, jnp.where(high > top, found, best)
+
+
+def _join(top, total, right, best):
+  """[..., Q] statistics of words side by side -> [..., 1]."""
+  high = jnp.max(top, -1, keepdims=True)
+  total = jnp.sum(total * jnp.exp(top - high), -1, keepdims=True)
+  never = jnp.iinfo(jnp.int32).max
+  best = jnp.min(jnp.where(top == high, best, never), -1, keepdims=True)
+  return high, total, jnp.sum(right, -1, keepdims=True), best

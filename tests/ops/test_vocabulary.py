@@ -1,0 +1,208 @@
+"""Blocks of words, on one device or many, give what all logits at once would give."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax import sharding
+from mmjax.ops import vocabulary
+from mmjax.ops.vocabulary import Head, log_probs
+
+B, K, D = 8, 3, 6
+# 24 places: blocks of 5 words, of 128, or all words at once.
+LIMITS = [5 * 24 * 4, 128 * 24 * 4, 2**28]
+
+
+def example(words=(320,), axes=(('vocab', 'embed'),), soft_cap=None, dtype=np.float32):
+  rng = np.random.default_rng(0)
+  hidden = rng.normal(size=(B, K, D)).astype(dtype)
+  kernels = [rng.normal(size=(D, V)) for V in words]
+  kernels = [k if a[0] == 'embed' else k.T for k, a in zip(kernels, axes)]
+  kernels = tuple(k.astype(dtype) for k in kernels)
+  tokens = rng.integers(0, sum(words), (B, K)).astype(np.int32)
+  tokens[0] = [0, sum(words) - 1, words[0] - 1]
+  cotangents = rng.normal(size=(2, B, K)).astype(np.float32)
+  return hidden, Head(kernels, axes, soft_cap), tokens, cotangents
+
+
+def plain(hidden, head, tokens):
+  """All logits at once: log_z and the right logit."""
+  kernels = [k if a[0] == 'embed' else k.T for k, a in zip(head.kernels, head.axes)]
+  logits = hidden @ jnp.concatenate(kernels, 1)
+  if head.soft_cap:
+    logits = head.soft_cap * jnp.tanh(logits / head.soft_cap)
+  right = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
+  return jax.nn.logsumexp(logits, -1), right, jnp.argmax(logits, -1)
+
+
+def with_gradients(f, hidden, head, tokens, cotangents):
+  def both(hidden, head):
+    made = f(hidden, head, tokens)
+    return made[:2], made[2]
+
+  value, pull, best = jax.vjp(both, hidden, head, has_aux=True)
+  return value, pull(tuple(cotangents)), best
+
+
+def in_blocks(limit):
+  return functools.partial(log_probs, limit=limit)
+
+
+def assert_close(got, want, rtol=1e-6):
+  """Relative to the largest entry of each leaf."""
+  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(g, w, rtol=0, atol=rtol * np.abs(w).max())
+
+
+TIED, UNTIED = (('vocab', 'embed'),), (('embed', 'vocab'),)
+MORE = (('vocab', 'embed'), (None, 'embed'))
+HEADS = [
+  dict(axes=TIED),
+  dict(axes=UNTIED, words=(331,), soft_cap=2.0),  # no block size divides 331
+  dict(axes=MORE, words=(312, 7)),
+  dict(axes=(('embed', 'vocab'), ('embed', None)), words=(312, 1), soft_cap=1.5),
+]
+
+
+@pytest.mark.parametrize(
+  ('form', 'limit'), [(0, 0), (0, 1), (1, 0), (1, 2), (2, 0), (3, 1)]
+)
+def test_equals_all_logits_at_once(form, limit):
+  args, limit = example(**HEADS[form]), LIMITS[limit]
+  want = jax.jit(functools.partial(with_gradients, plain))(*args)
+  got = jax.jit(functools.partial(with_gradients, in_blocks(limit)))(*args)
+  assert_close(got[:2], want[:2])
+  np.testing.assert_array_equal(got[2], want[2])
+  logits = jax.jit(Head.logits)(args[1], args[0])
+  np.testing.assert_allclose(jax.nn.logsumexp(logits, -1), want[0][0], rtol=1e-6)
+
+
+@pytest.mark.parametrize('limit', LIMITS)
+def test_of_equal_logits_the_first_counts_and_nan_none(limit):
+  kernel = jnp.zeros((D, 320)).at[0, 200].set(1.0).at[0, 300].set(1.0)
+  hidden = jnp.zeros((1, 24, D)).at[0, 1, 0].set(1.0).at[0, 2].set(jnp.nan)
+  tokens = jnp.zeros((1, 24), jnp.int32)
+  best = in_blocks(limit)(hidden, Head((kernel,), UNTIED), tokens).best
+  assert best[0, :2].tolist() == [0, 200]
+  assert best[0, 2] not in range(320)
+
+
+# Mesh, rules beside 'fsdp+tensor', and kernels.
+MESHES = [
+  (dict(fsdp=4, tensor=2), {}, dict(axes=MORE, words=(320, 7))),
+  (dict(data=2, fsdp=2, tensor=2), {}, dict(axes=UNTIED, soft_cap=2.0)),
+  (dict(fsdp=2, context=2, tensor=2), {}, dict(axes=TIED)),
+  (dict(fsdp=2, tensor=4), dict(vocab=None), dict(axes=TIED)),
+]
+
+
+def on_mesh(sizes, overrides, args, limit, dtype=None):
+  """The compiled gradients on a mesh, and their arguments in place."""
+  mesh = sharding.make_mesh(sizes)
+  rules = sharding.rules_for('fsdp+tensor', {'embed': 'fsdp', **overrides})
+  hidden, head, tokens, cotangents = args
+  with sharding.use(mesh, rules):
+
+    def put(x, *names):
+      spec = sharding.to_spec(names, rules, '', x.shape, mesh)
+      return jax.device_put(x, jax.NamedSharding(mesh, spec))
+
+    kernels = tuple(put(k, *a) for k, a in zip(head.kernels, head.axes))
+    head = Head(kernels, head.axes, head.soft_cap)
+    args = put(hidden, 'batch', None, None), head, put(tokens, 'batch', None)
+    args = (*args, put(cotangents, None, 'batch', None))
+    f = jax.jit(functools.partial(with_gradients, in_blocks(limit)))
+    return f.lower(*args).compile(), args
+
+
+@pytest.mark.parametrize('limit', [5 * 6 * 4, 2**28])
+@pytest.mark.parametrize('case', MESHES)
+def test_many_devices_equal_one(case, limit):
+  sizes, overrides, form = case
+  hidden, head, tokens, cotangents = example(**form)
+  # fsdp of 4 splits a width of 8.
+  wide = jax.tree.map(lambda x: x, (hidden, head))
+  hidden = np.pad(wide[0], ((0, 0), (0, 0), (0, 2)))
+  kernels = tuple(
+    np.pad(k, [(0, 2 * (name == 'embed')) for name in a])
+    for k, a in zip(head.kernels, head.axes)
+  )
+  args = hidden, Head(kernels, head.axes, head.soft_cap), tokens, cotangents
+  want = jax.jit(functools.partial(with_gradients, plain))(*args)
+  compiled, placed = on_mesh(sizes, overrides, args, limit)
+  got = compiled(*placed)
+  assert_close(got[:2], want[:2])
+  np.testing.assert_array_equal(got[2], want[2])
+  for g, k in zip(got[1][1].kernels, placed[1].kernels):
+    assert g.sharding.is_equivalent_to(k.sharding, g.ndim)
+
+
+def test_devices_send_statistics_and_kernels_but_no_logits():
+  """With 320 words over tensor=2 in blocks of 5 (x 2 devices), whole in D = 8."""
+  args = example()
+  hidden = np.pad(args[0], ((0, 0), (0, 0), (0, 2)))
+  head = Head((np.pad(args[1].kernels[0], ((0, 0), (0, 2))),), TIED)
+  compiled, _ = on_mesh(dict(fsdp=4, tensor=2), {}, (hidden, head, *args[2:]), 5 * 6 * 4)
+  text = compiled.as_text()
+  moved = re.findall(r'= \(?\w+\[([\d,]*)\]\S* (all-\w+|reduce-scatter|coll\S+)\(', text)
+  assert moved
+  sizes = {tuple(map(int, filter(None, s.split(',')))) for s, _ in moved}
+  # A block of the kernel, or of its gradient; a place's statistics; hidden's gradient.
+  largest = max(int(np.prod(s)) for s in sizes)
+  assert largest <= 24 * 8
+  assert not any(s[-1:] == (5,) or 320 in s or 160 in s for s in sizes if len(s) > 1), (
+    sizes
+  )
+
+
+def test_memory_does_not_grow_with_the_vocabulary():
+  hidden, _, tokens, _ = example()
+  hidden, tokens = np.tile(hidden, (8, 8, 1)), np.tile(tokens, (8, 8))
+  limit = 2**16
+
+  def held(V):
+    def f(hidden, kernel):
+      made = log_probs(hidden, Head((kernel,), UNTIED), tokens, limit=limit)
+      return jnp.sum(made.log_z - made.right)
+
+    kernel = jax.ShapeDtypeStruct((D, V), jnp.float32)
+    compiled = jax.jit(jax.grad(f, (0, 1))).lower(hidden, kernel).compile()
+    # The gradient of the kernel must exist, also while it's carried.
+    return compiled.memory_analysis().temp_size_in_bytes - 2 * 4 * D * V
+
+  assert held(40_000) < held(4_000) + 2**16
+  assert held(40_000) < 8 * limit < 64 * 24 * 40_000 * 4 / 100
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (dict(limit=0), 'limit must be at least 1 byte, got 0'),
+    (dict(axes=(('vocab', 'heads'),)), 'a kernel .* for width 6'),
+    (dict(axes=(('embed', 'vocab'),)), 'a kernel .* for width 6'),
+  ],
+)
+def test_refuses(change, message):
+  hidden, head, tokens, _ = example()
+  limit = change.pop('limit', 2**28)
+  head = Head(head.kernels, **{'axes': head.axes, **change})
+  with pytest.raises(ValueError, match=message):
+    log_probs(hidden, head, tokens, limit=limit)
+
+
+def test_refuses_words_that_do_not_divide():
+  hidden, head, tokens, _ = example(words=(321,))
+  mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
+  with (
+    sharding.use(mesh, sharding.RULES['fsdp+tensor']),
+    pytest.raises(ValueError, match='321 words do not divide over 2 devices'),
+  ):
+    log_probs(hidden, head, tokens)
+
+
+def test_the_limit_is_stated():
+  assert vocabulary.LIMIT == 256 * 2**20
