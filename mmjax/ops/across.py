@@ -88,14 +88,14 @@ def lookup(table: jax.Array, index: jax.Array, dtype: Any = None) -> jax.Array:
   batch = mesh_axes('batch')
   # Rows go back to their own devices; what has no rows of its own gets all of D.
   shared = width if batch[len(batch) - len(width) :] == width else ()
+  others = tuple(a for a in batch + mesh_axes('seq') if a not in words + width)
 
   def run(table, index):
     if shared:
       index = jax.lax.all_gather(index, shared, tiled=True)
     at = index - (jax.lax.axis_index(words) * len(table) if words else 0)
     # Each device's own part, so that its gradient is summed here before it is sent.
-    more = tuple(jax.typeof(at).vma - jax.typeof(table).vma)
-    table = jax.lax.pcast(table, more, to='varying') if more else table
+    table = jax.lax.pcast(table, others, to='varying') if others else table
     out = rows(table, jnp.clip(at, 0, len(table) - 1)).astype(dtype)
     if words:
       here = (at >= 0) & (at < len(table))
