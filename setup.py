@@ -51,6 +51,7 @@ setuptools.setup(
   extras_require={
     # 150 MB, and it can't share an environment with opencv-python.
     'area': ['opencv-python-headless'],
+    'fast': ['cykooz-resizer>=4'],
     'quickstart': ['easy-vqa==1.0'],
     # Sound and video from files.
     'media': ['av>=16', 'soundfile>=0.13', 'soxr>=1'],
@@ -60,6 +61,7 @@ setuptools.setup(
     'cloud': ['gcsfs', 's3fs'],
     'test': [
       'av>=16',
+      'cykooz-resizer>=4',
       'easy-vqa==1.0',
       'hypothesis',
       'kubernetes>=37',

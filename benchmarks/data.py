@@ -10,16 +10,20 @@ Mpix in the mean) and 160 PNGs (0.07 Mpix), each with a caption. Two cases:
   fixed    to 224 x 224
   native   to patches of 16 at the image's own aspect ratio, at most 576 (0.15 Mpix)
 
-  ceiling     a plain loop: libjpeg-turbo and libspng, OpenCV's area resize, no more
-  mmjax       the Pipeline, from a prepared dataset to packed batches, resample='area'
-  mmjax-bicubic  the same with Pillow's filter, which all below have too
+  ceiling     a plain loop to the same pixels as mmjax, bit by bit, and no more:
+              libjpeg-turbo, scaled, and libspng, then the resize by SIMD
+  mmjax       the Pipeline, from a prepared dataset to packed batches, resample='fast'
+  ceiling-area, mmjax-area  both with OpenCV's area resize (what grows: Pillow's)
+  mmjax-bicubic  with Pillow's filter, which all below have too
   dataloader  torch: files, Pillow decode and resize, stacked (padded, if native)
   webdataset  the same from a tar
 
-Each has 1 or 2 processes that decode ('mmjax-thread': a thread of the main process).
-Contestants live in processes of their own; rounds alternate; medians are reported, one
-JSON line per case. `cpu_ms` is the time of all its processes for an image: it says
-more than the clock where the machine has other work.
+Each has 1 or 2 processes that decode ('mmjax-thread': threads of the main process).
+A document is an image and its caption, so images/s are documents/s. Contestants live in
+processes of their own; rounds alternate; medians are reported, one JSON line per case;
+`of_ceiling` is the median over rounds of the ratio in a round. `cpu_ms` is the time of
+all its processes for an image: it says more than the clock where the machine has other
+work.
 
   python benchmarks/data.py --memory          # resident set over 100,000 documents
 """
@@ -44,8 +48,11 @@ from contestant import Contestant
 PATCH, SIDE, MOST = 16, 224, 576
 BATCH = 32
 JPEGS, PNGS = 480, 160
+# Batches of each worker that are made while a contestant waits for its round, and more.
+WAITING = {'ceiling': 0, 'mmjax': 10, 'dataloader': 4, 'webdataset': 4}
 CAPTION = 'a photo of things on a table, number {}, taken in the afternoon'
-NAMES = ('ceiling', 'mmjax', 'mmjax-thread', 'mmjax-bicubic', 'dataloader', 'webdataset')
+NAMES = ('ceiling', 'mmjax', 'mmjax-thread', 'ceiling-area', 'mmjax-area',
+         'mmjax-bicubic', 'dataloader', 'webdataset')  # fmt: skip
 
 
 def photos(folder):
@@ -113,12 +120,10 @@ def rule(case, resample='bicubic'):
 # The ceiling.
 
 
-def bare(path, case):
-  import cv2
+def bare(path, case, resample):
   import pyspng
   import simplejpeg
 
-  cv2.setNumThreads(1)
   data = path.read_bytes()
   if path.suffix == '.png':
     image = pyspng.load(data, 'RGB')
@@ -126,30 +131,63 @@ def bare(path, case):
   else:
     h, w = simplejpeg.decode_jpeg_header(data)[:2]
     rows, cols = grid(case, h, w)
-    f = 2 if h // 2 >= rows * PATCH and w // 2 >= cols * PATCH else 1
-    image = simplejpeg.decode_jpeg(data, min_height=-(-h // f), min_width=-(-w // f))
+    half = -(-h // 2), -(-w // 2)
+    if half[0] >= rows * PATCH and half[1] >= cols * PATCH:
+      h, w = half
+    image = simplejpeg.decode_jpeg(data, min_height=h, min_width=w)
   size = (cols * PATCH, rows * PATCH)
-  shrinks = size[0] <= image.shape[1] and size[1] <= len(image)
-  kind = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-  return cv2.resize(image, size, interpolation=kind)
+  if size == image.shape[1::-1]:
+    return image
+  return (by_area if resample == 'area' else by_simd)(image, size)
 
 
-def bare_loop(paths, case):
+def by_area(image, size):
+  import cv2
+
+  cv2.setNumThreads(1)
+  if size[0] <= image.shape[1] and size[1] <= len(image):
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+  return np.asarray(PIL.Image.fromarray(image).resize(size, PIL.Image.BICUBIC))
+
+
+def by_simd(image, size):
+  import cykooz_resizer as simd
+
+  cubic = simd.ResizeAlg.convolution(simd.FilterType.catmull_rom)
+  source = simd.ImageData(*image.shape[1::-1], simd.PixelType.U8x3, image.tobytes())
+  made = simd.ImageData(*size, simd.PixelType.U8x3)
+  simd.Resizer().resize(source, made, simd.ResizeOptions(cubic))
+  return np.frombuffer(made.get_buffer(), np.uint8).reshape(size[1], size[0], 3)
+
+
+def bare_loop(paths, case, resample):
   for path in paths:
-    bare(path, case)
+    bare(path, case, resample)
   return len(paths)
 
 
-def ceiling(out, case, workers):
+def ceiling(out, case, workers, resample):
   paths = sorted(p for p in (out / 'files').iterdir() if p.suffix != '.txt')
+  same_pixels(paths[:BATCH], case, resample)
   if workers == 1:
     while True:
-      yield bare_loop(paths[:BATCH], case)
+      yield bare_loop(paths[:BATCH], case, resample)
       paths = paths[BATCH:] + paths[:BATCH]
   with multiprocessing.get_context('spawn').Pool(workers) as pool:
     while True:
-      parts = [(paths[i::workers], case) for i in range(workers)]
+      parts = [(paths[i::workers], case, resample) for i in range(workers)]
       yield sum(pool.starmap(bare_loop, parts))
+
+
+def same_pixels(paths, case, resample):
+  """Refuses to compare with a loop that does other work than mmjax does."""
+  from mmjax.data.document import Image
+  from mmjax.data.media import patchify
+
+  for path in paths:
+    _, want = rule(case, resample).patches_of(Image(path.read_bytes()))
+    if not np.array_equal(patchify(bare(path, case, resample), PATCH), want):
+      raise SystemExit(f'{path}: the plain loop has other pixels than mmjax')
 
 
 # mmjax.
@@ -159,7 +197,7 @@ def item_slots(item):
   return item.grid
 
 
-def mmjax(out, case, workers, resample):
+def mmjax(out, case, workers, threads, resample):
   from mmjax.batch import BankBudget, Budget
   from mmjax.data.pipeline import Pipeline
   from mmjax.data.store import Dataset
@@ -172,7 +210,8 @@ def mmjax(out, case, workers, resample):
   )  # fmt: skip
   pipeline = Pipeline(
     Dataset(out / 'dataset', 'train'), budget=budget, rows=BATCH // images,
-    rules={'image': rule(case, resample)}, slots=item_slots, workers=workers,
+    rules={'image': rule(case, resample)}, slots=item_slots,
+    workers=workers, threads=threads,
   )  # fmt: skip
   for step in pipeline.iterate():
     yield int(step.stats['documents'])  # of an image each
@@ -257,11 +296,14 @@ def dataloader(out, case, workers, name):
 
 
 def contestant(name, out, case, workers):
+  name, _, kind = name.partition('-')
+  resample = kind if kind in ('area', 'bicubic') else 'fast'
   if name == 'ceiling':
-    return ceiling(out, case, workers)
-  if name.startswith('mmjax'):
-    resample = 'bicubic' if name.endswith('bicubic') else 'area'
-    return mmjax(out, case, 0 if name.endswith('thread') else workers, resample)
+    return ceiling(out, case, workers, resample)
+  if name == 'mmjax' and kind == 'thread':
+    return mmjax(out, case, 0, workers, resample)
+  if name == 'mmjax':
+    return mmjax(out, case, workers, 1, resample)
   return dataloader(out, case, workers, name)
 
 
@@ -279,10 +321,10 @@ def serve(name, out, case, workers, images):
   next(batches)
   print('{}', flush=True)
   for _ in sys.stdin:
-    for _ in range(6 * workers):  # what was made while it waited
+    for _ in range(WAITING[name.partition('-')[0]] * workers):
       next(batches)
     start, cpu, count = time.perf_counter(), cpu_seconds(), 0
-    while count < images:
+    while count < images * workers:
       count += next(batches)
     seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
     print(json.dumps([count / seconds, 1000 * cpu / count]), flush=True)
@@ -309,7 +351,7 @@ class Process(Contestant):
 def run(case, out, args):
   running = {}
   for name in args.only.split(',') if args.only else NAMES:
-    for workers in (1,) if name.endswith('thread') else (1, 2):
+    for workers in (1, 2):
       running[f'{name} {workers}'] = Process(name, workers, out, case, args.images)
   for i in range(args.rounds):
     for name, process in running.items():
@@ -319,11 +361,11 @@ def run(case, out, args):
       time.sleep(0.5)
   results = {name: process.result() for name, process in running.items()}
   for name, r in results.items():
-    top = results.get(f'ceiling {name[-1]}')
+    top = running.get(f'ceiling{"-area" * ("area" in name)} {name[-1]}')
     if top:
-      speed, cpu = top['images_per_second'], top['cpu_ms']
-      r['of_ceiling'] = round(r['images_per_second'] / speed, 2)
-      r['of_ceiling_by_cpu'] = round(cpu / r['cpu_ms'], 2)
+      pairs = list(zip(running[name].rounds, top.rounds))
+      r['of_ceiling'] = round(statistics.median(a[0] / b[0] for a, b in pairs), 2)
+      r['of_ceiling_by_cpu'] = round(statistics.median(b[1] / a[1] for a, b in pairs), 2)
   return results
 
 
@@ -371,7 +413,7 @@ def main():
   parser.add_argument('--photos', help='a folder with photos')
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--cases', default='fixed,native')
-  parser.add_argument('--images', type=int, default=640, help='of a round')
+  parser.add_argument('--images', type=int, default=320, help='of a round and worker')
   parser.add_argument('--only', default='', help='contestants; default all')
   parser.add_argument('--memory', action='store_true')
   for hidden in ('--serve', '--case', '--out'):

@@ -183,7 +183,9 @@ def _patches(span, rule):
 @functools.lru_cache(1024)
 def _cells(grid: tuple[int, int, int]) -> np.ndarray:
   """The cells (time, row, column) of a grid in reading order, i32[n, 3]."""
-  return np.ascontiguousarray(np.indices(grid, np.int32).reshape(3, -1).T)
+  cells = np.ascontiguousarray(np.indices(grid, np.int32).reshape(3, -1).T)
+  cells.flags.writeable = False  # it is everyone's
+  return cells
 
 
 def _places(grid: tuple[int, int, int], times: np.ndarray | None) -> np.ndarray:
@@ -197,7 +199,7 @@ def _places(grid: tuple[int, int, int], times: np.ndarray | None) -> np.ndarray:
 
 
 class _Parts:
-  """Collects the arrays of spans one after the other."""
+  """Collects what is known of spans, one after the other; arrays are made at the end."""
 
   def __init__(self):
     self.current = 0  # the branch we are in
@@ -205,8 +207,11 @@ class _Parts:
     self.rank = 0  # the next slot's order
     self.position = 0  # the next text token's position
     self.ids, self.trained = [], []  # of texts since the last item
-    self.tokens, self.order, self.positions = [], [], []
-    self.until, self.weights, self.source = [], [], []
+    # Runs of slots: how many, then tokens, order, positions, weights and source, each
+    # an array or one value for all.
+    self.runs = []
+    self.slots = 0  # in them
+    self.until = []  # pairs: how many slots, their `until`
     self.num_slots = {}  # by kind
     self.media = {}
 
@@ -219,24 +224,28 @@ class _Parts:
       self.fork = self.position
 
   def _close_branch(self):
-    until = self.rank - 1 if self.current else FOREVER
-    for order in self.order[len(self.until) :]:
-      self.until.append(np.full(len(order), until, np.int32))
+    count = self.slots - sum(n for n, _ in self.until)
+    self.until.append((count, self.rank - 1 if self.current else FOREVER))
     if self.current:
       self.position = self.fork
 
+  def _add(self, n, *values):
+    self.runs.append((n, values))
+    self.slots += n
+
   def text(self, ids, trained):
     self.ids += ids
-    self.trained += [float(trained)] * len(ids)
+    self.trained.append((float(trained), len(ids)))
 
   def _close_text(self):
     n = len(self.ids)
+    if not n:
+      return
     steps = np.arange(n, dtype=np.int32)
-    self.tokens.append(np.array(self.ids, np.int32))
-    self.order.append(self.rank + steps)
-    self.positions.append(np.repeat((self.position + steps)[:, None], 3, axis=1))
-    self.weights.append(np.array(self.trained, np.float32))
-    self.source.append(np.full(n, -1, np.int32))
+    one = len(self.trained) == 1
+    weights = self.trained[0][0] if one else np.repeat(*zip(*self.trained))
+    places = (self.position + steps)[:, None]
+    self._add(n, self.ids, self.rank + steps, places, weights, -1)
     self.rank += n
     self.position += n
     self.ids, self.trained = [], []
@@ -247,14 +256,10 @@ class _Parts:
     n = len(cells)
     steps = np.arange(n, dtype=np.int32)
     seen = self.num_slots.get(kind, 0)
-    self.tokens.append(np.full(n, PLACEHOLDER[kind], np.int32))
-    self.order.append(self.rank + (steps if attention == 'causal' else 0 * steps))
+    order = self.rank + steps if attention == 'causal' else self.rank
     counted = positions == 'count'
-    self.positions.append(
-      self.position + (np.repeat(steps[:, None], 3, 1) if counted else cells)
-    )
-    self.weights.append(np.zeros(n, np.float32))
-    self.source.append(seen + steps)
+    places = self.position + (steps[:, None] if counted else cells)
+    self._add(n, PLACEHOLDER[kind], order, places, 0.0, seen + steps)
     self.num_slots[kind] = seen + n
     # A causal item counts as seen from its last slot on.
     self.rank += max(n, 1) if attention == 'causal' else 1
@@ -265,36 +270,55 @@ class _Parts:
   def example(self, name) -> Example:
     self._close_text()
     self._close_branch()
-    n = sum(map(len, self.tokens))
+    n = self.slots
     if not n:
       raise BadDocument('empty', f'document {name!a} holds nothing')
-    order, until = np.concatenate(self.order), np.concatenate(self.until)
-    weights = np.concatenate(self.weights)
-    # Slots that nothing stands before: the first one, and of branches without a trunk.
-    lone = np.append(True, until[:-1] < order[1:]) & ~np.append(
-      False, np.cumsum(until == FOREVER)[:-1] > 0
-    )
-    weights[lone] = 0.0
+    tokens, order, source, until = np.empty((4, n), np.int32)
+    positions, weights = np.empty((n, 3), np.int32), np.empty(n, np.float32)
+    at = 0
+    for count, values in self.runs:
+      here = slice(at, at + count)
+      for array, value in zip((tokens, order, positions, weights, source), values):
+        array[here] = value
+      at += count
+    at = 0
+    for count, value in self.until:
+      until[at : at + count] = value
+      at += count
+    weights[_lone(order, until, self.until)] = 0.0
     if not weights.any():
       raise BadDocument('nothing_trained', f'document {name!a}')
     return Example(
-      tokens=np.concatenate(self.tokens),
+      tokens=tokens,
       order=order,
-      first=np.zeros_like(order),
+      first=np.zeros(n, np.int32),
       last=order.copy(),
       until=until,
-      positions=np.concatenate(self.positions),
+      positions=positions,
       weights=weights,
-      source=np.concatenate(self.source),
+      source=source,
       media={kind: _media_arrays(items) for kind, items in self.media.items()},
     )
 
 
+def _lone(order, until, branches):
+  """Slots that nothing stands before: the first one, and of branches without a trunk."""
+  if len(branches) == 1:
+    return 0
+  return np.append(True, until[:-1] < order[1:]) & ~np.append(
+    False, np.cumsum(until == FOREVER)[:-1] > 0
+  )
+
+
 def _media_arrays(items) -> MediaArrays:
+  ranks = np.array([rank for _, _, rank in items], np.int32)
+  if len(items) == 1:  # nothing to join, nothing to copy
+    ((places, values, _),) = items
+    return MediaArrays(values, places, np.ones(len(values), np.int32), ranks)
   counts = [len(values) for _, values, _ in items]
   return MediaArrays(
     values=np.concatenate([values for _, values, _ in items]),
     positions=np.concatenate([places for places, _, _ in items]),
     items=np.repeat(np.arange(1, len(items) + 1, dtype=np.int32), counts),
-    item_order=np.array([rank for _, _, rank in items], np.int32),
+    item_order=ranks,
   )

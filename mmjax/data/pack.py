@@ -10,7 +10,7 @@ cut; one that doesn't fit is an error, as the plan had to see to that.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -33,12 +33,16 @@ def needs_of(example: Example) -> dict[str, int]:
   return needs
 
 
-def pack(rows: Sequence[Sequence[Example]], budget: Budget) -> PackedBatch:
+def pack(
+  rows: Iterable[Sequence[Example]], budget: Budget, batch: PackedBatch | None = None
+) -> PackedBatch:
   """Lays examples into rows.
 
   Args:
     rows: B lists of examples; may be empty.
     budget: the shape of a row.
+    batch: an empty one of this shape, to be filled as the rows come; without it, rows
+      are counted first and a new one is made.
 
   Returns:
     A batch of NumPy arrays [B, ...]. Segments and items count from 1 in a row.
@@ -47,19 +51,31 @@ def pack(rows: Sequence[Sequence[Example]], budget: Budget) -> PackedBatch:
     ValueError: a document that doesn't fit into what is left of its row, a kind
       without a bank, patches of another width or type than the bank's.
   """
-  batch = budget.empty(len(rows))
+  if batch is None:
+    rows = list(rows)
+    batch = budget.empty(len(rows))
+  names = ['stream', 'targets']
+  names += [f'{kind}/{what}' for kind in budget.bank for what in ('patches', 'items')]
+  room = dict(zip(names, limits(tuple(names), budget).tolist()))
   for b, row in enumerate(rows):
-    _pack_row(batch, b, row, budget)
+    _pack_row(batch, b, row, budget, room)
   return batch
 
 
-def _pack_row(batch: PackedBatch, b: int, row: Sequence[Example], budget: Budget):
+def _pack_row(
+  batch: PackedBatch,
+  b: int,
+  row: Sequence[Example],
+  budget: Budget,
+  room: Mapping[str, int],
+):
   stream, used = batch.stream, {}
+  copied = [(name, getattr(stream, name)[b]) for name in _COPIED]
   num_slots = dict.fromkeys(PLACEHOLDER, 0)  # of each kind in this row so far
   for segment, example in enumerate(row, start=1):
     start = dict(used)
     for name, need in needs_of(example).items():
-      have = _have(name, budget, b, segment)
+      have = room[name] if name in room else _refuse(name, budget, b, segment)
       used[name] = start.get(name, 0) + need
       if used[name] > have:
         left = have - start.get(name, 0)
@@ -67,13 +83,13 @@ def _pack_row(batch: PackedBatch, b: int, row: Sequence[Example], budget: Budget
           f'row {b}: document {segment} needs {need} of {name}, {left} of {have} are left'
         )
     t = slice(start.get('stream', 0), used['stream'])
-    for name in _COPIED:
-      getattr(stream, name)[b, t] = getattr(example, name)
+    for name, row_of in copied:
+      row_of[t] = getattr(example, name)
     stream.segment_ids[b, t] = segment
     source = stream.source[b, t]  # a view
     source[:] = example.source
-    for kind, placeholder in PLACEHOLDER.items():
-      slots = example.tokens == placeholder
+    for kind in example.media:
+      slots = example.tokens == PLACEHOLDER[kind]
       count = np.count_nonzero(slots)
       if count:
         source[slots] += num_slots[kind]
@@ -90,9 +106,9 @@ def _pack_row(batch: PackedBatch, b: int, row: Sequence[Example], budget: Budget
       bank.item_order[b, i] = media.item_order
 
 
-def _have(name: str, budget: Budget, b: int, segment: int) -> int:
+def _refuse(name: str, budget: Budget, b: int, segment: int):
   try:
-    return int(limits((name,), budget)[0])
+    limits((name,), budget)
   except ValueError as error:
     raise ValueError(f'row {b}: document {segment}: {error}') from None
 

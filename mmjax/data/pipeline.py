@@ -28,6 +28,7 @@ import numpy as np
 
 from mmjax.batch import Budget, Item, PackedBatch
 from mmjax.data import augment as augment_lib
+from mmjax.data.block import Layout
 from mmjax.data.deck import EVEN
 from mmjax.data.document import BadDocument
 from mmjax.data.example import Example, to_example
@@ -63,9 +64,12 @@ class Loaded:
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-  """What a worker makes of a step: the batch, and the documents it left out."""
+  """What is made of a step: the batch, and the documents left out.
 
-  batch: PackedBatch
+  batch: of a worker process, the block that it lies in.
+  """
+
+  batch: PackedBatch | np.ndarray
   documents: int
   sources: tuple[tuple[int, int], ...]  # of each: documents, tokens
   bad: tuple[tuple[str, int, str], ...]  # reason, document, message
@@ -89,7 +93,9 @@ class Pipeline:
     augment: names of `augment.AUGMENTATIONS`, in order.
     max_bad_share: the run stops if a larger share of the documents is bad (of
       the last 4,096 or so, and more than 10 of them; 0 stops at the first).
-    workers: Grain worker processes; 0 reads in a thread of this one.
+    workers: Grain worker processes; 0 reads in threads of this one.
+    threads: how many, without workers. Most decoders let threads run beside each other
+      (libspng, for PNGs, doesn't, and Python itself never); processes always do.
 
   Raises:
     ValueError: no document fits the budget, or a number that makes no sense.
@@ -110,16 +116,18 @@ class Pipeline:
     augment: Sequence[str] = (),
     max_bad_share: float = 0.01,
     workers: int = 0,
+    threads: int = 1,
   ):
-    if rows < 1 or workers < 0 or not 0 <= max_bad_share <= 1:
+    if rows < 1 or workers < 0 or threads < 1 or not 0 <= max_bad_share <= 1:
       raise ValueError(
-        f'pipeline: rows={rows} must be >= 1, workers={workers} >= 0 and'
-        f' max_bad_share={max_bad_share} in [0, 1]'
+        f'pipeline: rows={rows} must be >= 1, workers={workers} >= 0, threads={threads}'
+        f' >= 1 and max_bad_share={max_bad_share} in [0, 1]'
       )
     self.budget = budget
     self.rows = rows
     self.max_bad_share = max_bad_share
     self.workers = workers
+    self.threads = threads
     self.lengths = Lengths.of(dataset.index, rules, slots)
     shares = getattr(dataset, 'shares', None)
     self.plan = PackPlan(self.lengths, budget, seed, shares, rows)
@@ -195,10 +203,12 @@ class Pipeline:
         f'data.rows = {self.rows} does not divide over {process_count} processes'
       )
     local = self.rows // process_count
+    layout = Layout(self.budget, local)
     load = _Load(
-      self._convert, self.plan, self.budget, self.rows, process_index * local, local
+      self._convert, self.plan, layout, self.rows, process_index * local, self.workers > 0
     )
-    return Steps(_read(load, start_step, self.workers), self, start_step)
+    steps = _read(load, start_step, self.workers, self.threads)
+    return Steps(steps, self, layout, start_step)
 
 
 class Steps(Iterator[Loaded]):
@@ -208,8 +218,9 @@ class Steps(Iterator[Loaded]):
   the program.
   """
 
-  def __init__(self, steps, pipeline: Pipeline, start_step: int):
+  def __init__(self, steps, pipeline: Pipeline, layout: Layout, start_step: int):
     self._steps = [steps]
+    self._layout = layout
     # At exit too, while there still are modules to close it with.
     self.close = weakref.finalize(self, _close, self._steps)
     self._pipeline = pipeline
@@ -233,14 +244,16 @@ class Steps(Iterator[Loaded]):
         _log.warning('bad document %d left out: %s', document, message)
     self._check(step.documents + len(step.bad), bad)
     self.next_step += 1
-    stats = _stats(step, self._pipeline.budget)
+    if self._pipeline.workers:
+      # Out of shared memory: it ends with the program, and may be small.
+      batch = self._layout.batch(np.array(step.batch))
+      step = dataclasses.replace(step, batch=batch)
+    stats = _stats(step)
     stats |= {f'bad/{reason}': float(count) for reason, count in bad.items()}
     for name, (documents, tokens) in zip(self._pipeline.sources, step.sources):
       stats |= {f'{name}/documents': float(documents), f'{name}/tokens': float(tokens)}
     stats['epoch'] = self.next_step / self._pipeline.steps_per_epoch
-    # Out of shared memory, which is the workers' to reuse.
-    batch = jax.tree.map(np.array, step.batch) if self._pipeline.workers else step.batch
-    return Loaded(batch, stats)
+    return Loaded(step.batch, stats)
 
   def _check(self, documents: int, bad: collections.Counter):
     self._window.append((documents, bad))
@@ -263,7 +276,7 @@ def _close(steps: list):
     steps.pop().close()
 
 
-def _stats(step: _Step, budget: Budget) -> dict[str, float]:
+def _stats(step: _Step) -> dict[str, float]:
   stream = step.batch.stream
   tokens = np.count_nonzero(stream.segment_ids)
   stats = {
@@ -306,27 +319,41 @@ class _Load:
 
   convert: _Convert
   plan: PackPlan
-  budget: Budget
+  layout: Layout
   rows: int
   first: int
-  count: int
+  shared: bool
 
   def __call__(self, step: int) -> _Step:
     start = int(step) * self.rows + self.first
-    rows, bad = [], []
-    sources = np.zeros((len(self.plan.shares.names), 2), np.int64)
-    for r in range(start, start + self.count):
-      rows.append([])
-      for document, epoch in self.plan.dealt(r):
-        try:
-          rows[-1].append(self._example(document, epoch))
-        except BadDocument as error:
-          bad.append((error.reason, document, str(error)))
-        else:
-          source = self.plan.shares.source(document)
-          sources[source] += 1, len(rows[-1][-1])
-    batch, documents = pack(rows, self.budget), sum(map(len, rows))
-    return _Step(batch, documents, tuple(map(tuple, sources.tolist())), tuple(bad))
+    bad, sources = [], np.zeros((len(self.plan.shares.names), 2), np.int64)
+
+    def rows():
+      # Packed and forgotten one by one, so that little memory is ever touched.
+      for r in range(start, start + self.layout.rows):
+        examples = []
+        for document, epoch in self.plan.dealt(r):
+          try:
+            examples.append(self._example(document, epoch))
+          except BadDocument as error:
+            bad.append((error.reason, document, str(error)))
+          else:
+            source = self.plan.shares.source(document)
+            sources[source] += 1, len(examples[-1])
+        yield examples
+
+    budget = self.layout.budget
+    if self.shared:
+      made = self.layout.shared()
+      try:
+        pack(rows(), budget, self.layout.batch(made))
+      except BaseException:
+        made.metadata.close_and_unlink_shm()
+        raise
+    else:
+      made = pack(rows(), budget, budget.empty(self.layout.rows))
+    counts = tuple(map(tuple, sources.tolist()))
+    return _Step(made, int(sources[:, 0].sum()), counts, tuple(bad))
 
   def _example(self, document: int, epoch: int) -> Example:
     example = self.convert(document, epoch)
@@ -341,20 +368,26 @@ class _Load:
     return example
 
 
-def _read(load: _Load, start_step: int, workers: int):
-  """Grain's iterator over the steps: threads, or worker processes with prefetch."""
+def _read(load: _Load, start_step: int, workers: int, threads: int):
+  """Grain's iterator over the steps: threads, or worker processes."""
   import grain
 
   steps = grain.MapDataset.range(start_step, start_step + _ENDLESS).map(load)
   if not workers:
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-    return iter(steps.to_iter_dataset(options))
+    ahead = max(4, 2 * threads)
+    return iter(
+      steps.to_iter_dataset(
+        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+      )
+    )
   from absl import flags
 
   if not flags.FLAGS.is_parsed():  # Grain reads its own flags for its workers
     flags.FLAGS.mark_as_parsed()
-  steps = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-  options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+  # Each makes a step when there is room for it. What waited in a worker when that is
+  # told to stop would be left behind in shared memory.
+  steps = steps.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+  options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=3)
   return iter(steps.mp_prefetch(options, worker_init_fn=_init_worker))
 
 

@@ -230,11 +230,14 @@ class PackPlan:
     phase = bisect.bisect(self._decks, r, key=lambda d: d.first_row) - 1
     of = self._decks[phase]
     w, place = divmod(r - of.first_row, of.num_rows)
-    if (phase, w) not in self._windows:
-      # Steps at a window's end need two; more would only hold memory.
+    window = self._windows.get((phase, w))
+    if window is None:
+      window = of.window(w)
+      # Steps at a window's end need two; more would only hold memory. A new one, not
+      # a change to the old: other threads read it.
       kept = list(self._windows.items())[-1:]
-      self._windows = dict([*kept, ((phase, w), of.window(w))])
-    offsets, documents, epochs = self._windows[phase, w]
+      self._windows = dict([*kept, ((phase, w), window)])
+    offsets, documents, epochs = window
     here = slice(offsets[place], offsets[place + 1])
     return list(zip(documents[here].tolist(), epochs[here].tolist()))
 

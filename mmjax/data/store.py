@@ -132,15 +132,17 @@ class Dataset:
     with self._lock:
       if self._source is None:
         self._source = _open(self._files)
-    where = f'{self.path / self.split}, document {i}'
     try:
-      record = self._source[i]
-    except Exception as error:  # whatever the reader finds wrong with the file
-      raise BadDocument('unreadable_record', f'{where}: {error}') from None
-    try:
-      return document_lib.decode(record)
+      return document_lib.decode(self._record(i))
     except BadDocument as error:
+      where = f'{self.path / self.split}, document {i}'
       raise BadDocument(error.reason, f'{where}: {error.message}') from None
+
+  def _record(self, i: int) -> bytes:
+    try:
+      return self._source[i]
+    except Exception as error:  # whatever the reader finds wrong with the file
+      raise BadDocument('unreadable_record', str(error)) from None
 
   def __getstate__(self):
     return {**self.__dict__, '_source': None, '_lock': None}

@@ -154,6 +154,7 @@ def pipeline_of(
     augment=config.data.augment,
     max_bad_share=config.data.max_bad_share,
     workers=config.data.workers,
+    threads=config.data.threads,
   )
   refuse_short_reach(model, pipeline.reach)
   return pipeline

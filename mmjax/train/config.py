@@ -36,7 +36,8 @@ _OPEN = ('model', 'init', 'optim.options', 'data.options', 'data.rules', 'data.m
 _SOURCE = ('path', 'source', 'options', 'rules', 'weight')
 # What a resumed run may change: nothing of it changes the parameters' way
 # (`sharding` only by rounding).
-MAY_DIFFER = ('data.workers', 'data.path', 'data.max_bad_share', 'eval.', 'sharding.',
+MAY_DIFFER = ('data.workers', 'data.threads', 'data.path', 'data.max_bad_share', 'eval.',
+              'sharding.',
               'train.log_every', 'train.checkpoint_every', 'train.keep',
               'train.max_skipped', 'train.evaluate_first',
               'train.compilation_cache')  # fmt: skip
@@ -73,7 +74,8 @@ def defaults() -> ConfigDict:
           trained=False,
         ),
         budget=dict(stream=1024, targets=256, image=dict(), audio=dict(), video=dict()),
-        workers=0,
+        workers=0,  # processes that read; 0 = threads of this one
+        threads=1,
         max_bad_share=0.01,
       ),
       model=dict(name='unified'),

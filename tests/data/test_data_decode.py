@@ -131,10 +131,12 @@ def test_each_file_is_as_pillow_has_it(name):
 
 
 @pytest.mark.parametrize(
-  'name', ['jpeg', 'jpeg in passes', 'png', 'png palette of 8 bits']
+  'name', ['jpeg', 'jpeg in passes', 'jpeg grey', 'png', 'png palette of 8 bits']
 )
 def test_common_files_need_no_pillow(name, monkeypatch):
   want = pillow(FILES[name])
+  if name.startswith('jpeg'):
+    monkeypatch.setattr(decode, '_open', None)
   monkeypatch.setattr(PIL.Image.Image, 'convert', None)
   monkeypatch.setattr(decode, '_rgb', None)
   np.testing.assert_array_equal(decode.decode_image(FILES[name]), want)
@@ -174,6 +176,38 @@ def test_damaged_files_are_as_pillow_has_them(name, place, junk):
       return
     got = error.reason
   np.testing.assert_array_equal(got, pillow(data))
+
+
+def segment(kind, content):
+  return struct.pack('>BBH', 0xFF, kind, 2 + len(content)) + content
+
+
+# What may stand in a JPEG in front of its pixels; Pillow has a word on each.
+SEGMENTS = {
+  'a comment': segment(0xFE, b'by hand'),
+  'a profile': segment(0xE2, b'ICC_PROFILE\0\1\1' + bytes(128)),
+  'a profile cut off': segment(0xE2, b'ICC_PROFILE\0'),
+  'JFIF cut off': segment(0xE0, b'JFIF\0'),
+  'Adobe': segment(0xEE, b'Adobe\0\x64\0\0\0\0\1'),
+  'Adobe cut off': segment(0xEE, b'Adobe'),
+  'Photoshop': segment(0xED, b'Photoshop 3.0\x00' + b'8BIM\x03\xed\0'),
+  'EXIF, turned': segment(0xE1, b'Exif\0\0' + _TURN),
+  'XMP, turned': segment(0xE1, b'http://ns.adobe.com/xap/1.0/\0 tiff:Orientation="6" '),
+  'a table too short': segment(0xDB, bytes(20)),
+  'another frame': segment(0xC0, struct.pack('>BHHB', 8, 5, 7, 1) + b'\1\x11\0'),
+  'a frame of 12 bits': segment(0xC1, struct.pack('>BHHB', 12, 37, 53, 1) + b'\1\x11\0'),
+  'a length too short': b'\xff\xfe\0\1',
+  'filling': b'\xff\xff\xff',
+  'junk': b'junk',
+}
+
+
+@pytest.mark.parametrize('name', SEGMENTS)
+@pytest.mark.parametrize('at', [2, 20])  # before and after JFIF's
+@pytest.mark.filterwarnings('ignore')  # Pillow warns of broken EXIF
+def test_segments_of_jpegs_are_as_pillow_has_them(name, at):
+  data = FILES['jpeg'][:at] + SEGMENTS[name] + FILES['jpeg'][at:]
+  np.testing.assert_array_equal(ours(data), pillow(data))
 
 
 def test_a_hundred_megapixels_are_refused_by_their_header():
@@ -223,14 +257,15 @@ RULES = [
 
 @pytest.mark.parametrize('rule', RULES)
 @pytest.mark.parametrize('turn', [1, 6])
-def test_area_is_within_two_levels_of_bicubic_on_photos(rule, turn):
+@pytest.mark.parametrize('resample', ['area', 'fast'])
+def test_quick_filters_are_within_two_levels_of_bicubic_on_photos(rule, turn, resample):
   """Means of two levels, and one value of a hundred ten levels away or more."""
   rng = np.random.default_rng(0)
   for height, width in rng.integers(150, 700, (4, 2)):
     image = PIL.Image.fromarray(photo(height, width))
     image = image.filter(PIL.ImageFilter.GaussianBlur(0.7))  # as lenses do
     span = Image(encoded(image, 'JPEG', quality=90, exif=exif(turn)))
-    grid, fast = ImageRule(**rule, resample='area').patches_of(span)
+    grid, fast = ImageRule(**rule, resample=resample).patches_of(span)
     want_grid, want = ImageRule(**rule).patches_of(span)
     assert grid == want_grid
     gap = np.abs(fast.astype(int) - want)
@@ -252,11 +287,17 @@ def test_bicubic_is_pillows_bit_by_bit(rule):
 
 
 @settings(max_examples=60)
-@given(st.sampled_from(RULES), st.integers(1, 400), st.integers(1, 400), st.booleans())
-def test_grids_know_nothing_of_scaled_decoding(rule, height, width, turned):
+@given(
+  st.sampled_from(RULES),
+  st.integers(1, 400),
+  st.integers(1, 400),
+  st.booleans(),
+  st.sampled_from(['area', 'fast']),
+)
+def test_grids_know_nothing_of_scaled_decoding(rule, height, width, turned, resample):
   flat = PIL.Image.new('RGB', (width, height), (9, 99, 199))
   data = encoded(flat, 'JPEG', exif=exif(8 if turned else 1))
-  made = ImageRule(**rule, resample='area')
+  made = ImageRule(**rule, resample=resample)
   native = (width, height) if turned else (height, width)
   grid, patches = made.patches_of(Image(data))
   assert grid == made.grid(*native) == made.grid(*media.native_size(Image(data))[1:])
@@ -272,14 +313,44 @@ def test_what_grows_is_bicubic_by_area_too():
   )
 
 
-def test_area_without_opencv_names_the_extra(monkeypatch):
-  media._opencv.cache_clear()
-  monkeypatch.setitem(__import__('sys').modules, 'cv2', None)
-  with pytest.raises(ValueError, match=r'pip install mmjax\[area\]'):
-    ImageRule(8, size=8, resample='area')
-  media._opencv.cache_clear()
+@pytest.mark.parametrize('shape', [(300, 211), (20, 300), (90, 70)])
+def test_fast_is_bicubic_within_a_few_levels_where_nothing_is_scaled(shape):
+  image = photo(*shape)
+  fast = ImageRule(8, size=64, resample='fast').patches(image)
+  want = ImageRule(8, size=64).patches(image)
+  gap = np.abs(fast.astype(int) - want)
+  assert gap.max() <= 4 and gap.mean() < 0.5
+
+
+def test_fast_is_the_same_on_every_processor():
+  simd, options = media._simd()
+  source = simd.ImageData(53, 37, simd.PixelType.U8x3, IMAGE.tobytes())
+  want = media._convolved(np.asarray(IMAGE), (40, 24)).tobytes()
+  resizer = simd.Resizer()
+  best = resizer.cpu_extensions
+  for extensions in {simd.CpuExtensions.none, best}:
+    resizer.cpu_extensions = extensions
+    made = simd.ImageData(40, 24, simd.PixelType.U8x3)
+    resizer.resize(source, made, options)
+    assert made.get_buffer() == want
+
+
+@pytest.mark.parametrize(
+  'resample, module, find',
+  [('area', 'cv2', media._opencv), ('fast', 'cykooz_resizer', media._simd)],
+)
+def test_a_filter_without_its_library_names_the_extra(
+  monkeypatch, resample, module, find
+):
+  find.cache_clear()
+  monkeypatch.setitem(__import__('sys').modules, module, None)
+  with pytest.raises(ValueError, match=rf'pip install mmjax\[{resample}\]'):
+    ImageRule(8, size=8, resample=resample)
+  find.cache_clear()
 
 
 def test_a_wrong_filter_is_told():
-  with pytest.raises(ValueError, match="resample='cubic'; choose 'bicubic' or 'area'"):
+  with pytest.raises(
+    ValueError, match="resample='cubic'; choose 'bicubic', 'fast' or 'area'"
+  ):
     ImageRule(8, size=8, resample='cubic')

@@ -127,6 +127,23 @@ def test_worker_processes_change_nothing(path, chain, workers):
   assert [x.stats for x in got] == [x.stats for x in steps(pipeline(path), 5, start=7)]
 
 
+def test_threads_change_nothing(path, chain):
+  got = steps(pipeline(path, threads=3), 12)
+  assert [digest(x.batch) for x in got] == chain
+
+
+@pytest.mark.slow
+def test_steps_of_workers_stay_as_they_are_when_others_follow_and_after_the_end(path):
+  it = pipeline(path, workers=1).iterate()
+  first = next(it)
+  before = digest(first.batch)
+  for _ in range(10):  # more than there are in queues
+    next(it)
+  it.close()
+  assert digest(first.batch) == before
+  assert all(leaf.flags.writeable for leaf in jax.tree.leaves(first.batch))
+
+
 SCRIPT = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
@@ -365,7 +382,7 @@ def test_wrong_numbers_are_refused(path):
   for args in ((-1,), (0, 2, 2), (0, -1, 2)):
     with pytest.raises(ValueError, match='no such'):
       pipeline(path).iterate(*args)
-  for options in ({'rows': 0}, {'workers': -1}, {'max_bad_share': 1.5}):
+  for options in ({'rows': 0}, {'workers': -1}, {'threads': 0}, {'max_bad_share': 1.5}):
     with pytest.raises(ValueError, match='pipeline: rows='):
       pipeline(path, **options)
   with pytest.raises(ValueError, match='none of 50 documents'):
