@@ -6,9 +6,10 @@ import runpy
 
 import jax
 import pytest
+from ml_collections import ConfigDict
 
 from mmjax.train import build, config, log
-from mmjax.train.loop import _refuse_uneven
+from mmjax.train.loop import refuse_uneven
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / 'configs').glob('*.py'))
 
@@ -18,6 +19,17 @@ LARGE = {
   'flamingo_docs': 160_000_000,
   'lit_emoji': 30_000_000,
 }  # with what is read from files
+# For pods: billions of parameters, without what was published as another number.
+PODS = {
+  'clip_l14': 0.428,
+  'flamingo_3b': 2.7,
+  'flamingo_9b': 8.9,
+  'paligemma_3b': 2.92,
+  'siglip_so400m': 0.878,
+  'unified_1b': 1.24,
+  'unified_4b_image': 4.3,
+  'unified_8b': 8.03,
+}
 
 
 @pytest.mark.parametrize('variant', ['', ':tiny'])
@@ -25,8 +37,12 @@ LARGE = {
 def test_builds(file, variant):
   made = config.load(f'{file}{variant}')
   config.check(made)
-  parts = build.build(made, 512, jax.devices()[:1])
-  _refuse_uneven(made, parts)
+  devices = jax.devices()[:1]
+  pod = PODS.get(file.stem) if not variant else None
+  if pod:
+    made.sharding.mesh, devices = ConfigDict({'data': 1, 'fsdp': 8}), jax.devices()
+  parts = build.build(made, 512, devices)
+  refuse_uneven(made, parts)
   batch = parts.batch_shapes(made.data.rows)
   rng = jax.eval_shape(lambda: jax.random.key(0))
   loss, sums = jax.eval_shape(
@@ -34,7 +50,11 @@ def test_builds(file, variant):
   )
   assert loss.shape == () and sums['weight'].shape == ()
   count = sum(x.size for x in jax.tree.leaves(parts.abstract.params))
-  assert count < (200_000 if variant else LARGE.get(file.stem, 3_000_000))
+  if pod:
+    assert count == pytest.approx(1e9 * pod, rel=0.05)
+    assert made.data.vocab_size is not None
+  else:
+    assert count < (200_000 if variant else LARGE.get(file.stem, 3_000_000))
   again = config.from_json(config.to_json(made))
   assert config.refuse_changes(made, again) == []
 

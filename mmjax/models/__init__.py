@@ -27,7 +27,12 @@ from mmjax.models.unified import Unified
 from mmjax.names import closest
 from mmjax.nn.efficientnet import EfficientNet
 from mmjax.nn.nfnet import NFNet
-from mmjax.nn.projector import LinearProjector, MlpProjector, ResamplerProjector
+from mmjax.nn.projector import (
+  LinearProjector,
+  MlpProjector,
+  PoolProjector,
+  ResamplerProjector,
+)
 from mmjax.nn.resnet import ResNet
 from mmjax.nn.vit import Vit
 
@@ -50,6 +55,7 @@ ENCODERS = {
 PROJECTORS = {
   'linear': LinearProjector,
   'mlp': MlpProjector,
+  'pool': PoolProjector,
   'resampler': ResamplerProjector,
 }
 

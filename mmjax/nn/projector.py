@@ -2,6 +2,7 @@
 
   linear      P tokens of width C -> P of width D           PaliGemma, 2407.07726
   mlp         the same, through a hidden layer               LLaVA-1.5, 2310.03744
+  pool        the mean of each s x s, then linear: P / s^2   Gemma 3, 2503.19786
   resampler   an item's tokens -> R of width D, R learned queries that look at them,
               as a Q-Former's do                             BLIP-2, 2301.12597
 
@@ -18,6 +19,7 @@ from mmjax.names import closest
 from mmjax.nn.features import Features
 from mmjax.nn.resampler import Resampler
 from mmjax.nn.transformer import ACTIVATIONS, add_bias, kernel_init
+from mmjax.ops.grid import pool_squares
 from mmjax.ops.linear import linear
 from mmjax.sharding import constrain, param
 
@@ -60,6 +62,40 @@ class LinearProjector(Projector):
     shape, axes = (x.shape[-1], width), (None, 'embed')
     y = _project(self, 'out', x, shape, axes, self.param_dtype)
     return constrain(y, 'batch', 'seq', 'act_embed')
+
+
+class PoolProjector(Projector):
+  """The mean of every side x side tokens, and a product with a bias.
+
+  Fields: side: s; rows and columns of every item are multiples of it.
+  """
+
+  side: int = 4
+  dtype: Any = 'float32'
+  param_dtype: Any = 'float32'
+
+  def slots(self, grid: Grid) -> Grid:
+    """As of `Projector`.
+
+    Raises:
+      ValueError: rows or columns that are no multiples of the side.
+    """
+    times, rows, columns = grid
+    if rows % self.side or columns % self.side:
+      raise ValueError(
+        f'projector: {rows} x {columns} tokens have no whole squares of {self.side}'
+      )
+    return (times, rows // self.side, columns // self.side)
+
+  @nn.compact
+  def __call__(self, features: Features, num_items: int, width: int) -> jax.Array:
+    """As `LinearProjector`, but f[B, P / s^2, D]."""
+    pooled = pool_squares(
+      features.values, features.items, features.positions, num_items, self.side
+    )
+    return LinearProjector(self.dtype, self.param_dtype, name='linear')(
+      features._replace(values=pooled), num_items, width
+    )
 
 
 class MlpProjector(Projector):

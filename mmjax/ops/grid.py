@@ -90,3 +90,33 @@ def waves(positions: jax.Array, width: int, base: float = 10_000.0) -> jax.Array
   row, column = angle[..., 0, :], angle[..., 1, :]
   parts = jnp.sin(column), jnp.cos(column), jnp.sin(row), jnp.cos(row)
   return jnp.concatenate(parts, -1)
+
+
+def pool_squares(
+  x: jax.Array, items: jax.Array, positions: jax.Array, num_items: int, side: int
+) -> jax.Array:
+  """The mean of each side x side tokens of every picture, picture after picture.
+
+  Args:
+    x: f[B, P, D]
+    items: i32[B, P] the owner, from 1; 0 = padding.
+    positions: i32[B, P, 3] time, row, column; a picture's tokens stand in reading order
+      and its rows and columns are multiples of `side`.
+    num_items: I.
+
+  Returns:
+    f[B, P / side^2, D], rounded down; 0 where there is no picture.
+  """
+  P = check('B P D', x, 'B P', items, 'B P 3', positions)['P']
+  sizes = item_sizes(positions, items, num_items) // side
+  time, row, column = (positions[..., i] for i in range(3))
+  ids = jnp.arange(1, num_items + 1, dtype=items.dtype)
+  before = jnp.sum((items[:, :, None] > 0) & (items[:, :, None] < ids[None, None]), 1)
+  before = jnp.take_along_axis(before, jnp.maximum(items - 1, 0), 1) // side**2
+  place = (time * sizes[..., 0] + row // side) * sizes[..., 1] + column // side
+  place = jnp.where(items > 0, before + place, -1)
+  into = place[..., None] == jnp.arange(P // side**2, dtype=place.dtype)[None, None]
+  total = jnp.einsum(
+    'BPQ,BPD->BQD', into.astype(x.dtype), x, preferred_element_type=jnp.float32
+  )
+  return (total / side**2).astype(x.dtype)

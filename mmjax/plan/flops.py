@@ -7,11 +7,19 @@
 A compiler's own count takes a loop's body once, and depends on the backend; this one
 doesn't. Additions, exponentials and the like are left out, as in model FLOPs (PaLM,
 2204.02311, appendix B). What is made anew under `jax.checkpoint` counts again.
+
+`model_flops` counts what a training step is for, whatever the program repeats: each
+product of the forward pass, and once more for each of its sides that the gradient has
+to pass (6 x weights x tokens, if all is trained; a frozen encoder counts 2 x):
+
+  x @ w     x from data: 2 times, w trained;  x from trained layers: 3 times
+  q @ k     both of trained layers: 3 times, half of that where attention is causal
 """
 
+import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
@@ -74,3 +82,86 @@ def _conv(eqn: Any) -> int:
   _, inputs, *window = eqn.params['dimension_numbers'].rhs_spec
   size = kernel[inputs] * math.prod(kernel[i] for i in window)
   return 2 * math.prod(eqn.outvars[0].aval.shape) * size
+
+
+class _From(NamedTuple):
+  """What a value depends on: parameters that are trained, the batch."""
+
+  trained: bool = False
+  data: bool = False
+
+  def __or__(self, other: '_From') -> '_From':
+    return _From(self.trained or other.trained, self.data or other.data)
+
+
+def model_flops(
+  loss_fn: Callable, params: Any, trained: Any, batch: Any, causal: Sequence[str] = ()
+) -> int:
+  """FLOPs that one step needs, over all devices, as model FLOPs utilisation has them.
+
+  Args:
+    loss_fn: (params, batch) -> scalars; nothing is computed.
+    params, batch: trees of shapes.
+    trained: tree of bool like params.
+    causal: paths of modules, e.g. 'lm/transformer', whose products of two activations
+      count half.
+
+  Raises:
+    ValueError: a loop whose number of trips isn't known.
+  """
+  closed = jax.make_jaxpr(loss_fn)(params, batch)
+  tags = [_From(trained=bool(t)) for t in jax.tree.leaves(trained)]
+  tags += [_From(data=True)] * len(jax.tree.leaves(batch))
+  return _needed(closed.jaxpr, tags, '', tuple(causal))[0]
+
+
+def _needed(jaxpr, tags, path, causal):
+  """(FLOPs, what the outputs are from) of a jaxpr whose inputs are from `tags`."""
+  known = dict(zip(jaxpr.invars, tags, strict=True))
+  total = 0
+
+  def of(atom):
+    return known.get(atom, _From()) if isinstance(atom, core.Var) else _From()
+
+  for eqn in jaxpr.eqns:
+    name, params = eqn.primitive.name, eqn.params
+    ins = [of(a) for a in eqn.invars]
+    here = f'{path}/{eqn.source_info.name_stack}'
+    every = functools.reduce(_From.__or__, ins, _From())
+    outs = [every] * len(eqn.outvars)
+    if name in ('dot_general', 'conv_general_dilated'):
+      left, right = ins
+      cost = _dot(eqn) if name == 'dot_general' else _conv(eqn)
+      cost *= 1 + left.trained + right.trained
+      both = left.data and right.data
+      half = both and any(f'/{where}/' in f'{here}/' for where in causal)
+      total += cost // 2 if half else cost
+    elif name == 'scan':
+      count, outs = _needed_scan(params, ins, here, causal)
+      total += params['length'] * count
+    elif name == 'cond':
+      made = [_needed(b.jaxpr, ins[1:], here, causal) for b in params['branches']]
+      total += max(count for count, _ in made)
+    elif name == 'while':
+      if sum(_count(params[k].jaxpr) for k in ('cond_jaxpr', 'body_jaxpr')):
+        raise ValueError('flops: products in a while loop, whose trips are not known')
+    elif (inner := next(_inside(params), None)) and len(inner.invars) == len(ins):
+      ways = params['mesh'].size if name == 'shard_map' else 1
+      count, outs = _needed(inner, ins, here, causal)
+      total += ways * count
+    for var, tag in zip(eqn.outvars, outs, strict=True):
+      real = jax.numpy.issubdtype(var.aval.dtype, jax.numpy.floating)
+      known[var] = _From(tag.trained and real, tag.data)
+  return total, [of(a) for a in jaxpr.outvars]
+
+
+def _needed_scan(params, ins, path, causal):
+  """As `_needed`, of one trip; what goes round is from all that it ever was from."""
+  constants, carried = params['num_consts'], params['num_carry']
+  ins = list(ins)
+  while True:
+    count, outs = _needed(params['jaxpr'].jaxpr, ins, path, causal)
+    grown = [a | b for a, b in zip(ins[constants:], outs[:carried])]
+    if grown == ins[constants : constants + carried]:
+      return count, outs
+    ins[constants : constants + carried] = grown

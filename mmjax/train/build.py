@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mmjax import models, sharding
@@ -57,10 +58,20 @@ class Parts:
     Raises:
       ValueError: the rows don't divide over the mesh.
     """
-    empty = self.budget.empty(rows)
-    places = sharding.batch_shardings(empty, self.mesh, self.rules)
+    shapes = _shapes(self.budget, rows)
+    places = sharding.batch_shardings(shapes, self.mesh, self.rules)
     return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), empty, places
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places
+    )
+
+  def step(self, seed: int) -> Any:
+    """The training step of a run with this seed, see `step.make_step`."""
+    return step.make_step(
+      self.loss_fn,
+      self.optimizer,
+      jax.random.fold_in(jax.random.key(seed), 1),
+      accumulate=self.accumulate,
+      grad_shardings=jax.tree.map(lambda x: x.sharding, self.abstract.params),
     )
 
 
@@ -93,9 +104,10 @@ def build(config: ConfigDict, vocab_size: int, devices=None) -> Parts:
   model = model_of(config, vocab_size, budget)
   loss_fn, accumulate = tasks.build(config, model, budget)
   # As many rows as the mesh needs: parameters don't depend on them.
-  empty = budget.empty(math.prod(mesh.shape.values()))
+  shapes = _shapes(budget, math.prod(mesh.shape.values()))
 
   def init_params(rng):
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return model.init({'params': rng}, empty)['params']
 
   def optimizer(params, names):
@@ -106,6 +118,13 @@ def build(config: ConfigDict, vocab_size: int, devices=None) -> Parts:
     made, abstract, init = state.plan(init_params, optimizer, mesh, rules)
   return Parts(
     budget, media_rules, model, mesh, rules, loss_fn, accumulate, made, abstract, init
+  )
+
+
+def _shapes(budget: Budget, rows: int) -> Any:
+  """A batch of shapes; nothing of its size is made, which may be that of a pod's."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), budget.empty(1)
   )
 
 
@@ -127,7 +146,22 @@ def budget_of(config: ConfigDict, media_rules: dict[str, Any]) -> Budget:
 
 
 def model_of(config: ConfigDict, vocab_size: int, budget: Budget) -> Any:
-  """The model, with what the data says about it filled in."""
+  """The model, with what the data says about it filled in.
+
+  Rows of its tables beyond the tokenizer's `vocab_size` are padding: no target has
+  them, and a round number of rows can be split over a mesh.
+
+  Raises:
+    ValueError: config.data.vocab_size has fewer rows than the tokenizer has ids; or
+      the model's fields don't fit.
+  """
+  rows = config.data.vocab_size
+  if rows is not None:
+    if rows < vocab_size:
+      raise ValueError(
+        f'config.data.vocab_size = {rows}: the tokenizer has {vocab_size} ids'
+      )
+    vocab_size = rows
   media = tuple((kind, b.channels) for kind, b in sorted(budget.bank.items()))
   fields = {**config.model.to_dict(), 'vocab_size': vocab_size, 'media': media}
   return models.build(fields.pop('name'), **fields)

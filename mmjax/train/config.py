@@ -55,6 +55,7 @@ def defaults() -> ConfigDict:
         rules=dict(),  # of the preparation: fields of mmjax.data.rules.Rules
         mixture=dict(),  # instead, by name: path, source, options, rules, weight
         tokenizer='bytes',
+        vocab_size=OPTIONAL(int),  # rows of the model's tables; None = the tokenizer's
         chat_template=OPTIONAL(str),  # how dialogues are written, see mmjax.data.chat
         delimiters=OPTIONAL(str),  # around images, see mmjax.data.delimiters
         split='train',

@@ -28,7 +28,7 @@ from mmjax.train import config as config_lib
 from mmjax.train import log as log_lib
 from mmjax.train.checkpoint import Checkpoints
 from mmjax.train.signals import Signalled, Signals
-from mmjax.train.step import compile_step, make_step
+from mmjax.train.step import compile_step
 from mmjax.train.window import Window, share
 
 _log = logging.getLogger('mmjax')
@@ -70,7 +70,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, devices=None) -> str:
     processes.barrier('prepared')
     dataset = datasets.load(config)
     parts = build_lib.build(config, dataset.tokenizer.vocab_size, devices)
-    _refuse_uneven(config, parts)
+    refuse_uneven(config, parts)
     evaluators = build_evaluators(
       config, model=parts.model, mesh=parts.mesh, rules=parts.rules
     )
@@ -173,15 +173,7 @@ class _Run:
     config, steps = self.config, self.config.train.steps
     if self.start >= steps:
       return 'done'
-    rng = jax.random.fold_in(jax.random.key(config.seed), 1)
-    places = jax.tree.map(lambda x: x.sharding, self.parts.abstract.params)
-    step_fn = make_step(
-      self.parts.loss_fn,
-      self.parts.optimizer,
-      rng,
-      accumulate=self.parts.accumulate,
-      grad_shardings=places,
-    )
+    step_fn = self.parts.step(config.seed)
     shapes = self.parts.batch_shapes(config.data.rows)
     began = time.monotonic()
     step_fn = compile_step(step_fn, self.parts.abstract, shapes)
@@ -321,7 +313,7 @@ def _keep_config(config: ConfigDict, workdir: pathlib.Path, first: bool) -> None
   processes.barrier('config')
 
 
-def _refuse_uneven(config: ConfigDict, parts: Any) -> None:
+def refuse_uneven(config: ConfigDict, parts: Any) -> None:
   rows, accumulate = config.data.rows, config.train.accumulate
   ways = np.prod([parts.mesh.shape[a] for a in _axes(parts.rules['batch'])], dtype=int)
   if (rows // accumulate) % ways:

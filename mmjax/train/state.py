@@ -99,7 +99,7 @@ def plan(
   Raises:
     ValueError: a parameter that doesn't fit the rules, or the optimizer's patterns.
   """
-  rng = jax.random.key(0)
+  rng = jax.eval_shape(lambda: jax.random.key(0))  # no array, also where none can be
   params = jax.eval_shape(init_params, rng)
   names = sharding.axis_names(init_params, rng)
   param_shardings = sharding.shardings(names, params, mesh, rules)

@@ -160,16 +160,22 @@ def split_rows(batch: Any, parts: int) -> Any:
   return jax.tree.map(one, batch, sharding.batch_names(batch))
 
 
-def compile_step(step, abstract: TrainState, batch: Any):
-  """Compiles the step ahead of time: one compile per run, by construction.
-
-  Another shape, dtype or sharding afterwards is an error, never a silent compile.
-  The state is donated.
+def lower_step(step, abstract: TrainState, batch: Any):
+  """The step as a program to compile, for the devices of the shardings.
 
   Args:
-    abstract: `state.plan`'s state of shapes with shardings.
+    abstract: `state.plan`'s state of shapes with shardings; it is donated.
     batch: the same of a batch.
   """
   placed = jax.tree.map(lambda x: x.sharding, abstract)
   jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
-  return jitted.lower(abstract, batch).compile()
+  return jitted.lower(abstract, batch)
+
+
+def compile_step(step, abstract: TrainState, batch: Any):
+  """Compiles the step ahead of time: one compile per run, by construction.
+
+  Another shape, dtype or sharding afterwards is an error, never a silent compile.
+  Arguments as of `lower_step`.
+  """
+  return lower_step(step, abstract, batch).compile()

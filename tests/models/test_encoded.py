@@ -251,3 +251,11 @@ def test_refuses_other_media():
   budget = Budget(8, 4, {'audio': BankBudget(2, 1, 6)})
   with pytest.raises(ValueError, match="batch has media 'audio', the model looks at"):
     MODEL.init(jax.random.key(0), budget.empty(1))
+
+
+def test_pooled_squares_take_fewer_slots():
+  projector = dict(name='pool', side=2)
+  model = models.build('encoded', **FIELDS | dict(projector=projector))
+  assert model.slots(Item('image', (1, 4, 6))) == (1, 2, 3)
+  with pytest.raises(ValueError, match='4 x 3 tokens have no whole squares of 2'):
+    model.slots(Item('image', (1, 4, 3)))

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from mmjax.ops.grid import item_sizes, read_table, waves
+from mmjax.ops.grid import item_sizes, pool_squares, read_table, waves
 
 
 def cells(rows, columns):
@@ -38,3 +38,23 @@ def test_waves_tell_rows_from_columns():
   np.testing.assert_allclose(got[2, 3, 6:], np.cos([2, 0.02]), atol=1e-6)
   with pytest.raises(ValueError, match='must be a multiple of 4, got 6'):
     waves(cells(1, 1), 6)
+
+
+def test_squares_are_averaged_picture_by_picture():
+  sizes = [(1, 4, 2), (2, 2, 6), (1, 2, 2)]
+  rng = np.random.default_rng(0)
+  pictures = [rng.normal(size=(*s, 3)).astype(np.float32) for s in sizes]
+  grids = [np.indices(s, np.int32).reshape(3, -1).T for s in sizes]
+  pad = 3
+  x = np.concatenate([*(p.reshape(-1, 3) for p in pictures), np.ones((pad, 3), 'f')])
+  positions = np.concatenate([*grids, np.zeros((pad, 3), np.int32)])
+  items = np.repeat([1, 2, 3, 0], [*(len(g) for g in grids), pad]).astype(np.int32)
+  want = [
+    p.reshape(t, r // 2, 2, c // 2, 2, 3).mean((2, 4)).reshape(-1, 3)
+    for p, (t, r, c) in zip(pictures, sizes)
+  ]
+  got = pool_squares(x[None], items[None], positions[None], 4, 2)
+  assert got.shape == (1, len(x) // 4, 3)
+  want = np.concatenate(want)
+  np.testing.assert_allclose(got[0, : len(want)], want, atol=1e-6)
+  np.testing.assert_array_equal(got[0, len(want) :], 0)

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mmjax.plan.flops import flops
+from mmjax.plan.flops import flops, model_flops
 
 X, W = jnp.zeros((5, 3)), jnp.zeros((3, 3))
 ONE = 2 * 5 * 3 * 3
@@ -64,3 +64,50 @@ def test_convolutions():
     )
 
   assert flops(conv, x, kernel) == 2 * (2 * 4 * 4 * 10) * (3 * 3 * 3)
+
+
+class TestModelFlops:
+  """x W1 W2, summed: what is needed depends on who is trained."""
+
+  params = {'one': W, 'two': W}
+
+  def count(self, loss=None, causal=(), **trained):
+    loss = loss or (lambda p, x: jnp.sum(jnp.sin(x @ p['one']) @ p['two']))
+    return model_flops(loss, self.params, {'one': True, 'two': True} | trained, X, causal)
+
+  def test_all_frozen_or_trained(self):
+    assert self.count() == (2 + 3) * ONE  # the data's own gradient isn't needed
+    assert self.count(one=False) == (1 + 2) * ONE  # an encoder in front
+    assert self.count(two=False) == (2 + 2) * ONE  # frozen, but passed through
+    assert self.count(one=False, two=False) == 2 * ONE
+
+  def test_loops_and_what_is_made_anew_count_once(self):
+    def loss(p, x):
+      layer = jax.checkpoint(lambda x, _: (jnp.sin(x @ p['one']), None))
+      return jnp.sum(jax.lax.scan(layer, x, None, length=4)[0])
+
+    # The loop's body is counted as it is from the second trip on.
+    assert self.count(loss) == 4 * 3 * ONE
+
+  def test_branches_calls_and_integers(self):
+    def loss(p, x):
+      y = jax.lax.cond(x.sum() > 0, lambda x: x @ p['one'], lambda x: x, x)
+      ids = jnp.argmax(y, -1)
+      table = jax.jit(lambda i: jax.nn.one_hot(i, 3))(ids)
+      return jnp.sum(table @ p['two'])
+
+    assert self.count(loss) == (2 + 2) * ONE
+
+  def test_causal_products_count_half(self):
+    def loss(p, x):
+      with jax.named_scope('lm'), jax.named_scope('transformer'):
+        y = x @ p['one']
+        return jnp.sum(y @ y.T)
+
+    half = 3 * 2 * 5 * 3 * 5 // 2
+    assert self.count(loss) == 2 * ONE + 2 * half
+    assert self.count(loss, ('lm/transformer',)) == 2 * ONE + half
+    assert self.count(loss, ('vision/transformer',)) == 2 * ONE + 2 * half
+    endless = lambda p, x: jax.lax.while_loop(lambda y: y.sum() > 0, lambda y: y @ W, x)  # noqa: E731
+    with pytest.raises(ValueError, match='trips are not known'):
+      self.count(endless)
