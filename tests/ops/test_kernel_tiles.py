@@ -92,7 +92,7 @@ def test_a_table_lists_what_is_visited(seed, share):
 
 
 @pytest.mark.parametrize('T', [1, 127, 128, 640, 729, 1100, 4096])
-@pytest.mark.parametrize('kind', [*lib.TILES, 'some other'])
+@pytest.mark.parametrize('kind', [*lib.SIZES, 'some other'])
 def test_sizes_are_even_and_of_whole_registers(kind, T):
   G, H = 8, 256
   made = lib.tiles_for(kind, T, 2 * T, G, H, 4)

@@ -47,18 +47,27 @@ class Tiles(NamedTuple):
   keys: int
 
 
+class Sizes(NamedTuple):
+  """Of a kind of chip: tiles of one query head for each of keys, and of many."""
+
+  queries: int
+  keys: int
+  least: int  # queries of a tile; half of the matrix unit idles with fewer
+
+
 # By the device's kind. Reckoned, not measured: a step of the grid costs about 0.35 us,
-# so a tile should be microseconds of work, and about six float32 arrays of its size
+# so it should be microseconds of work, and about six float32 arrays of a tile's size
 # have to lie in the 16 MiB (v4, v5) or 32 MiB (v6, 7) that a kernel may use.
-TILES = {
-  'TPU v4': Tiles(512, 512),
-  'TPU v5 lite': Tiles(512, 512),
-  'TPU v5': Tiles(512, 512),
-  'TPU v6 lite': Tiles(512, 1024),
-  'TPU7x': Tiles(512, 1024),
+SIZES = {
+  'TPU v4': Sizes(512, 512, 128),
+  'TPU v5 lite': Sizes(512, 512, 128),
+  'TPU v5': Sizes(512, 512, 128),
+  'TPU v6 lite': Sizes(512, 1024, 256),
+  'TPU7x': Sizes(512, 1024, 256),
 }
-# Queries of a tile times the heads that share a key head times their width, in bytes.
-_QUERY_BYTES = 2**20
+# Queries that share a tile of keys, of all heads, are at most this many, as small tiles
+# are less often visited in vain; and their bytes at most those.
+_QUERIES, _QUERY_BYTES = 1024, 2**20
 
 
 def tiles_for(kind: str, T: int, S: int, G: int, H: int, itemsize: int) -> Tiles:
@@ -67,7 +76,9 @@ def tiles_for(kind: str, T: int, S: int, G: int, H: int, itemsize: int) -> Tiles
   Both are multiples of 128, and as even as they can be: 640 slots are two tiles of 384,
   not one of 512 and one of 128.
   """
-  queries, keys = TILES.get(kind, Tiles(512, 512))
+  queries, keys, least = SIZES.get(kind, Sizes(512, 512, 128))
+  while queries > least and queries * G > _QUERIES:
+    queries //= 2
   while queries > LANES and queries * G * max(H, LANES) * itemsize > _QUERY_BYTES:
     queries //= 2
   return Tiles(_even(T, queries), _even(S, keys // (itemsize // 2)))
