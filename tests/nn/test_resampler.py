@@ -155,6 +155,7 @@ def test_refuses():
   for change, message in (
     (dict(activation='relu3'), "activation 'relu3'; did you mean 'relu'"),
     (dict(norm='lay'), "norm 'lay'; did you mean 'layer'"),
+    (dict(attention='flash'), "unknown attention 'flash'"),
     (dict(num_heads=5), 'embed_dim=16 does not divide over num_heads=5'),
   ):
     with pytest.raises(ValueError, match=message):

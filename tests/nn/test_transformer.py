@@ -206,6 +206,7 @@ def test_bridges_to_nnx(name):
     (dict(activation='relo'), "activation='relo' is none of gelu"),
     (dict(norm='batch'), "norm='batch' is none of layer, rms, rms_offset"),
     (dict(bias=True), 'bias=True is none of all, none, qkv'),
+    (dict(attention='flash'), "attention='flash' is none of auto, pallas, xla"),
     (dict(num_kv_heads=3), 'num_heads=4 does not divide over num_kv_heads=3'),
   ],
 )

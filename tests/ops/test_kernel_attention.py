@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 from patterns import CROSS, SELF, tags
 
-from mmjax import sharding
+from mmjax import models, sharding
+from mmjax.batch import BankBudget, Budget
 from mmjax.ops.attention import attend, partial_attend, takes_kernel
 from mmjax.ops.kernels import attention as kernels
 from mmjax.ops.kernels.tiles import Tiles
@@ -145,6 +146,25 @@ def test_auto_is_by_what_it_is_compiled_for(monkeypatch):
   monkeypatch.setattr(sharding, 'device', lambda: ('tpu', 'TPU v4'))
   assert takes_kernel('auto', 4096) and not takes_kernel('auto', 1)
   assert not takes_kernel('xla', 4096)
+
+
+@pytest.mark.parametrize('attention', ['auto', 'pallas'])
+def test_models_hand_it_down(attention):
+  empty = Budget(16, 16, {'image': BankBudget(16, 2, 12)}).empty(1)
+  vision = dict(
+    name='vit', channels=12, embed_dim=8, num_heads=2, num_layers=1, mlp_dim=8
+  )
+  small = dict(embed_dim=8, num_layers=1, mlp_dim=8)
+  model = models.build(
+    'flamingo',
+    media=(('image', 12),),
+    lm=dict(vocab_size=9, num_heads=2, num_kv_heads=2, attention=attention, **small),
+    vision=dict(**vision, attention=attention),
+    resampler=dict(num_heads=2, num_latents=2, attention=attention, **small),
+  )
+  text = str(jax.make_jaxpr(lambda: model.init(jax.random.key(0), empty))())
+  # Of the images, of the latents, of the stream to the latents, and of the stream.
+  assert text.count('name=attention_forward') == (0 if attention == 'auto' else 4)
 
 
 @pytest.mark.slow
