@@ -69,6 +69,7 @@ def test_eight_devices_equal_one(tiny, pictures, stepper):
     ('dp', dict(data=8), 1),
     ('fsdp', dict(data=1, fsdp=8), 1),
     ('fsdp+tensor', dict(data=1, fsdp=4, tensor=2), 2),
+    ('fsdp+tensor', dict(data=1, fsdp=2, tensor=2, context=2), 2),
   ):
     config = tiny(
       optim=SGD,
