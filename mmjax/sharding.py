@@ -51,7 +51,9 @@ _DP = {
   **dict.fromkeys(_PARAM_AXES + _ACT_AXES),
   'batch': _ROWS,
   'seq': 'context',
-  'kv_seq': 'context',  # with 'attend_heads' or without: see `ops.context`
+  # 'kv_seq': None gathers keys, 'attend_heads': 'context' swaps slots for heads in
+  # attention, and as it is keys go round a ring: see `ops.context`.
+  'kv_seq': 'context',
 }
 _FSDP = {**_DP, 'embed': 'fsdp', 'channels': 'fsdp'}
 _TENSOR = {

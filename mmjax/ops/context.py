@@ -73,8 +73,7 @@ def attend(
   # Without groups, keys' heads are as queries'.
   heads = 'act_heads' if k.shape[2] == q.shape[2] else 'act_kv_heads'
   k_spec = spec('keys', k.shape, ('batch', 'kv_seq', heads, None))
-  tags = [P(*spec[:2]) for spec in (q_spec, k_spec)]
-  specs = (q_spec, k_spec, k_spec, *tags)
+  specs = (q_spec, k_spec, k_spec, P(*q_spec[:2]), P(*k_spec[:2]))
   run = functools.partial(_on_each, how, part, reach)
   # What is whole in some mesh axis is the same there by construction.
   return jax.shard_map(run, in_specs=specs, out_specs=q_spec, check_vma=False)(
