@@ -73,6 +73,8 @@ def _take_round(axes, x, index):
 def lookup(table: jax.Array, index: jax.Array, dtype: Any = None) -> jax.Array:
   """table[index], f[V, D] named ('vocab', 'embed') and i32[B, T] -> f[B, T, D].
 
+  What is V or more gives NaN.
+
   Args:
     dtype: of the result, and of what is exchanged; default the table's.
 
@@ -85,7 +87,7 @@ def lookup(table: jax.Array, index: jax.Array, dtype: Any = None) -> jax.Array:
     return rows(table, index).astype(dtype)
   table_spec = spec('a table', table.shape, ('vocab', 'embed'))
   i_spec = spec('slots', index.shape, ('batch', 'seq'))
-  batch = mesh_axes('batch')
+  batch, V = mesh_axes('batch'), len(table)
   # Rows go back to their own devices; what has no rows of its own gets all of D.
   shared = width if batch[len(batch) - len(width) :] == width else ()
   others = tuple(a for a in batch + mesh_axes('seq') if a not in words + width)
@@ -93,13 +95,17 @@ def lookup(table: jax.Array, index: jax.Array, dtype: Any = None) -> jax.Array:
   def run(table, index):
     if shared:
       index = jax.lax.all_gather(index, shared, tiled=True)
-    at = index - (jax.lax.axis_index(words) * len(table) if words else 0)
     # Each device's own part, so that its gradient is summed here before it is sent.
     table = jax.lax.pcast(table, others, to='varying') if others else table
-    out = rows(table, jnp.clip(at, 0, len(table) - 1)).astype(dtype)
     if words:
+      at = index - jax.lax.axis_index(words) * len(table)
       here = (at >= 0) & (at < len(table))
+      out = rows(table, jnp.clip(at, 0, len(table) - 1)).astype(dtype)
       out = jax.lax.psum(jnp.where(here[..., None], out, 0), words)
+      known = (index >= 0) & (index < V)
+      out = jnp.where(known[..., None], out, jnp.nan)
+    else:
+      out = rows(table, index).astype(dtype)
     return jax.lax.all_to_all(out, shared, 0, 2, tiled=True) if shared else out
 
   out_spec = P(*i_spec, None if shared or not width else width)
