@@ -1,11 +1,10 @@
 """The table in `nn.remat`, counted in what the backward pass is given."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tpu
 
 from mmjax.batch import KeyTags, QueryTags
 from mmjax.nn.remat import REMAT, remat
@@ -73,21 +72,10 @@ def test_none_changes_nothing(cls):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='needs libtpu')
-def test_memory_of_a_tpu_follows_the_table(monkeypatch):
+@tpu.NEEDED
+def test_memory_of_a_tpu_follows_the_table():
   """Compiled for a v5e: the host's share to the byte, the device's in order."""
-  for key, value in (
-    ('TPU_SKIP_MDS_QUERY', '1'), ('TPU_WORKER_HOSTNAMES', 'localhost'),
-    ('TPU_ACCELERATOR_TYPE', 'v5litepod-4'), ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),
-    ('TPU_LOG_DIR', 'disabled'),
-  ):  # fmt: skip
-    monkeypatch.setenv(key, value)
-  from jax.experimental import topologies
-
-  device = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2').devices[
-    0
-  ]
-  where = jax.sharding.SingleDeviceSharding(device)
+  where = jax.sharding.SingleDeviceSharding(tpu.devices()[0])
   L, T = 8, 1024
   sizes = dict(D=256, N=4, K=2, H=128, F=2048)
   peak = {}
@@ -97,7 +85,8 @@ def test_memory_of_a_tpu_follows_the_table(monkeypatch):
     def f(params, *args, model=model):
       return jnp.sum(model.apply({'params': params}, *args)[0].astype(jnp.float32))
 
-    memory = jax.jit(jax.grad(f)).lower(*args).compile().memory_analysis()
+    with tpu.optimised():
+      memory = jax.jit(jax.grad(f)).lower(*args).compile().memory_analysis()
     _, host = kept(name, S=T, **sizes)
     assert memory.host_temp_size_in_bytes == 2 * host * L * T  # bytes of bfloat16
     peak[name] = memory.peak_memory_in_bytes
