@@ -28,7 +28,7 @@ def devices(name='v5e:2x2'):
 @contextlib.contextmanager
 def optimised():
   """Inside, programs are compiled as users do, see conftest."""
-  old = jax.config.jax_disable_most_optimizations
+  old = jax.config.values['jax_disable_most_optimizations']
   jax.config.update('jax_disable_most_optimizations', False)
   try:
     yield
