@@ -148,6 +148,24 @@ def test_auto_is_by_what_it_is_compiled_for(monkeypatch):
   assert not takes_kernel('xla', 4096)
 
 
+def test_remat_may_keep_what_the_kernel_made(capsys):
+  q, k, v, *_ = arrays(SELF_FORM)
+  query, key = tags('documents', 0, *SELF_FORM[:2])
+
+  def layer(q, k, v):
+    return jnp.sin(attend(q, k, v, query, key, implementation='pallas'))
+
+  policies = jax.checkpoint_policies
+  for policy, kept in (
+    (policies.nothing_saveable, False),
+    (policies.save_only_these_names(*kernels.NAMES), True),
+  ):
+    run = jax.checkpoint(layer, policy=policy)
+    jax.ad_checkpoint.print_saved_residuals(run, q, k, v)
+    text = capsys.readouterr().out
+    assert all((f"named '{name}'" in text) == kept for name in kernels.NAMES)
+
+
 @pytest.mark.parametrize('attention', ['auto', 'pallas'])
 def test_models_hand_it_down(attention):
   empty = Budget(16, 16, {'image': BankBudget(16, 2, 12)}).empty(1)

@@ -28,6 +28,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -44,6 +45,9 @@ from mmjax.ops.kernels.tiles import (
   table,
   tiles_for,
 )  # fmt: skip
+
+# What the backward pass needs of the forward one, for `jax.checkpoint_policies`.
+NAMES = ('attention_out', 'attention_lse')
 
 _LOG2E = math.log2(math.e)
 _LEAST = float(np.finfo(np.float32).min)
@@ -144,7 +148,9 @@ def _forward(how, q, k, v, query_tags, key_tags):
     outputs=[(q.shape, v.dtype, 'query'), (call.row_shape, jnp.float32, 'row')],
     scratch=[call.wide, call.row, call.row],
   )  # fmt: skip
-  lse = lse[..., 0, :]
+  # By these names a policy of remat may keep what a second run would make anew.
+  out = checkpoint_name(out, NAMES[0])
+  lse = checkpoint_name(lse[..., 0, :], NAMES[1])
   return (out, lse), (q, k, v, query_tags, key_tags, out, lse)
 
 
