@@ -33,6 +33,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mmjax.batch import KeyTags, QueryTags
+from mmjax.ops.attention import NAMES
 from mmjax.ops.kernels.tiles import (
   FIRST,
   FULL,
@@ -45,9 +46,6 @@ from mmjax.ops.kernels.tiles import (
   table,
   tiles_for,
 )  # fmt: skip
-
-# What the backward pass needs of the forward one, for `jax.checkpoint_policies`.
-NAMES = ('attention_out', 'attention_lse')
 
 _LOG2E = math.log2(math.e)
 _LEAST = float(np.finfo(np.float32).min)
