@@ -4,6 +4,8 @@ import os
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['TPU_SKIP_MDS_QUERY'] = '1'
+# What one run compiled is no help to a test, and home is no place for it.
+os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'
 # Programs run for milliseconds here; to optimise them takes seconds.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 

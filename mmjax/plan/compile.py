@@ -147,7 +147,9 @@ def lower(config: ConfigDict, devices: Sequence[Any]) -> tuple[build_lib.Parts, 
   """
   parts = build_lib.build(config, vocabulary(config), devices)
   refuse_uneven(config, parts)
-  step = parts.step(config.seed)  # its key is made here, not on the devices
+  step = parts.step(
+    build_lib.step_rng(config)
+  )  # its key is made here, not on the devices
   shapes = parts.batch_shapes(config.data.rows)
   with sharding.use(parts.mesh, parts.rules):
     return parts, lower_step(step, parts.abstract, shapes)

@@ -10,6 +10,7 @@ average where there is one; what is to be ignored may be there and not be needed
 other spec is `interop.pretrained`'s.
 """
 
+import logging
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,24 @@ from mmjax.files import find
 from mmjax.interop import pretrained
 from mmjax.names import closest
 from mmjax.train.checkpoint import Checkpoints
+
+_log = logging.getLogger('mmjax')
+
+
+def state(config: Any, parts: Any) -> Any:
+  """The `TrainState` before the first step: a function of the config alone.
+
+  Args:
+    parts: `build.Parts` of the config.
+
+  Raises:
+    ValueError: as `parameters`.
+  """
+  given = parameters(parts.model, parts.abstract.params, config.init.to_dict())
+  if given:
+    count = sum(x.size for x in given.values())
+    _log.info('%s parameters from %s', f'{count:,}', config.init.to_json())
+  return parts.init(jax.random.fold_in(jax.random.key(config.seed), 0), given)
 
 
 def parameters(

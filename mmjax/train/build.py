@@ -64,15 +64,29 @@ class Parts:
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places
     )
 
-  def step(self, seed: int) -> Any:
-    """The training step of a run with this seed, see `step.make_step`."""
+  def step(self, rng: jax.Array) -> Any:
+    """The training step, see `step.make_step`; rng: of all steps, `step_rng`."""
     return step.make_step(
       self.loss_fn,
       self.optimizer,
-      jax.random.fold_in(jax.random.key(seed), 1),
+      rng,
       accumulate=self.accumulate,
       grad_shardings=jax.tree.map(lambda x: x.sharding, self.abstract.params),
     )
+
+
+def step_of(config: ConfigDict, parts: Parts) -> Any:
+  """The compiled step of a config: (state, batch) -> (state, metrics).
+
+  Its random numbers are fold_in(fold_in(key(seed), 1), steps made before).
+  """
+  shapes = parts.batch_shapes(config.data.rows)
+  return step.compile_step(parts.step(step_rng(config)), parts.abstract, shapes)
+
+
+def step_rng(config: ConfigDict) -> jax.Array:
+  """The key of all steps."""
+  return jax.random.fold_in(jax.random.key(config.seed), 1)
 
 
 def use_cpu_devices(config: ConfigDict) -> None:

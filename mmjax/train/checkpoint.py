@@ -21,6 +21,7 @@ import logging
 import math
 import os
 import pathlib
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,6 +35,9 @@ from mmjax.train.state import TrainState
 
 _log = logging.getLogger('mmjax')
 _ITEMS = ('params', 'ema', 'optimizer')
+FORMAT = 1
+# By format, what a checkpoint of it lacks to be one of the next; 0 had no number yet.
+_MIGRATIONS = {0: lambda meta: {**meta, 'goodput': {}}}
 
 
 class CheckpointError(ValueError):
@@ -51,7 +55,7 @@ class Checkpoints:
 
   def __init__(self, directory, keep: int = 3, read_only: bool = False):
     self.directory = pathlib.Path(directory).resolve()
-    self._keep = keep
+    self._keep = _Keep(keep)
     self._read_only = read_only
     if read_only and not self.directory.is_dir():
       raise CheckpointError(f'no checkpoints at {self.directory}')
@@ -65,7 +69,7 @@ class Checkpoints:
       self.directory,
       item_handlers={**items, 'meta': ocp.JsonCheckpointHandler()},
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=self._keep,
+        preservation_policy=self._keep,
         create=not self._read_only,
         read_only=self._read_only,
         cleanup_tmp_directories=not self._read_only,
@@ -80,6 +84,8 @@ class Checkpoints:
   def save(self, state: TrainState, step: int, meta: dict[str, Any]) -> None:
     """Starts to write; returns once the arrays are copied. Skips a step that exists.
 
+    Waits for the save before, if that is still being written: see `busy`.
+
     Args:
       state: the state after `step` steps.
       meta: plain JSON data.
@@ -93,10 +99,25 @@ class Checkpoints:
       return
     items = _items(state)
     meta = {**meta, 'step': step, 'fingerprints': fingerprints(items)}
+    meta['format'] = FORMAT
     args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     args['meta'] = ocp.args.JsonSave(meta)
     with self._clear_errors():
       self._manager.save(step, args=ocp.args.Composite(**args))
+
+  def busy(self, patience: float = 0.0) -> bool:
+    """Whether a save is still being written after so many seconds more.
+
+    Processes may differ in it for a moment.
+    """
+    end = time.monotonic() + patience
+    while (busy := self._manager.is_saving_in_progress()) and time.monotonic() < end:
+      time.sleep(0.01)
+    return busy
+
+  def pin(self, step: int) -> None:
+    """Keeps a checkpoint although newer ones come."""
+    self._keep.pinned.add(step)
 
   def check(self) -> None:
     """Raises CheckpointError if a save in the background has failed; doesn't wait."""
@@ -120,6 +141,7 @@ class Checkpoints:
     self,
     abstract: TrainState,
     accept: Callable[[dict[str, Any]], None] = lambda meta: None,
+    until: int | None = None,
   ) -> tuple[TrainState, dict[str, Any]] | None:
     """The newest whole checkpoint, placed as `abstract` says; None if there is none.
 
@@ -128,13 +150,15 @@ class Checkpoints:
     Args:
       abstract: shapes with shardings (of this mesh, not of the one that saved).
       accept: called with the meta data before the arrays are read; raises to refuse.
+      until: the last step that is looked at.
 
     Raises:
       CheckpointError: it is another architecture's (lists missing and extra keys
         and shapes), or there are checkpoints but none is whole.
     """
     items = _items(abstract)
-    found = self._newest(self.steps(), lambda shapes: items, accept)
+    steps = [step for step in self.steps() if until is None or step <= until]
+    found = self._newest(steps, lambda shapes: items, accept)
     if found is None:
       return None
     trees, meta = found
@@ -203,6 +227,7 @@ class Checkpoints:
       except Exception as error:  # Orbax and TensorStore raise anything
         damaged.append((step, error))
         continue
+      meta = self._migrated(meta, step)
       accept(meta)
       items = wanted(shapes)
       if problems := differences(items, {k: shapes.get(k, {}) for k in items}):
@@ -232,6 +257,18 @@ class Checkpoints:
     if not isinstance(meta.get('fingerprints'), dict) or 'params' not in shapes:
       raise ValueError('its meta data are not whole')
     return meta, shapes
+
+  def _migrated(self, meta, step):
+    """The meta data as if written today."""
+    number = meta.get('format', 0)
+    while number in _MIGRATIONS:
+      meta, number = _MIGRATIONS[number](meta), number + 1
+    if number != FORMAT:
+      raise CheckpointError(
+        f'checkpoint {self.directory / str(step)} is of format {number}, written by mmjax'
+        f' {meta.get("mmjax", "?")}; this one reads up to format {FORMAT}'
+      )
+    return {**meta, 'format': number}
 
   def _read(self, step, items):
     import orbax.checkpoint as ocp
@@ -271,6 +308,18 @@ class Checkpoints:
       raise CheckpointError(
         f'could not save a checkpoint to {self.directory}: {_line(error)}; {last}'
       ) from error
+
+
+class _Keep:
+  """Which checkpoints stay: the newest few, and those that are pinned."""
+
+  def __init__(self, newest: int):
+    self.newest, self.pinned = newest, set()
+
+  def should_preserve(self, checkpoints, *, context):
+    del context
+    first = len(checkpoints) - self.newest
+    return [i >= first or x.step in self.pinned for i, x in enumerate(checkpoints)]
 
 
 def differences(wanted: Any, stored: Any) -> str:

@@ -39,8 +39,8 @@ _SOURCE = ('path', 'source', 'options', 'rules', 'weight')
 MAY_DIFFER = ('data.workers', 'data.threads', 'data.path', 'data.max_bad_share', 'eval.',
               'sharding.',
               'train.log_every', 'train.checkpoint_every', 'train.keep',
-              'train.max_skipped', 'train.evaluate_first',
-              'train.compilation_cache')  # fmt: skip
+              'train.max_skipped', 'train.evaluate_first', 'train.spikes.',
+              'train.watchdog', 'train.compilation_cache')  # fmt: skip
 
 
 def defaults() -> ConfigDict:
@@ -115,7 +115,11 @@ def defaults() -> ConfigDict:
         checkpoint_every=500,
         evaluate_first=False,  # also before the first step
         keep=3,
-        compilation_cache=OPTIONAL(str),  # a directory; None = off
+        compilation_cache='auto',  # 'off', or a folder; see mmjax.train.cache
+        watchdog=60.0,  # seconds from which a step may count as stuck; 0 = off
+        spikes=dict(
+          mads=20.0, keep=3
+        ),  # see mmjax.train.spikes; mads 0: not finite alone
       ),
       eval=dict(),
     )

@@ -91,6 +91,33 @@ def _with_shots(dataset: Any, config: ConfigDict) -> Any:
   )
 
 
+def refuse_others(config: ConfigDict, dataset: Any, plan: Any, meta: Any) -> None:
+  """Refuses a checkpoint that was trained on other data.
+
+  Args:
+    dataset: what `load` gave.
+    plan: the pipeline's.
+    meta: of the checkpoint.
+
+  Raises:
+    ValueError: the tokenizer's hash or the counts of documents differ; one line.
+  """
+  mine, theirs = dataset.tokenizer.hash, meta['tokenizer_hash']
+  if mine != theirs:
+    raise ValueError(
+      f'the tokenizer of {where(config)} has hash {mine[:12]}, the checkpoint was trained'
+      f' with {theirs[:12]}; put that data back or use another --workdir'
+    )
+  # The place in the data is the step; the counts tell whether it is the same data.
+  then, now = meta.get('documents'), plan.before(meta['data_position'] * config.data.rows)
+  if then not in (None, now):
+    raise ValueError(
+      f'the data of {where(config)} is not what it was: {now} documents before step'
+      f' {meta["data_position"]}, the checkpoint says {then}; put that data back or use'
+      ' another --workdir'
+    )
+
+
 def where(config: ConfigDict) -> str:
   """The paths of what is trained on."""
   paths = [of['path'] for of in config.data.mixture.to_dict().values()]

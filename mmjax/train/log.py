@@ -119,6 +119,11 @@ class RunLog:
         self._board.close()
 
 
+def clocked(name: str) -> bool:
+  """Whether a metric is what a clock says, so that two equal runs may differ in it."""
+  return 'second' in name or name == 'train/goodput'
+
+
 def read(path) -> list[dict]:
   """The lines of a metrics.jsonl; a half-written last one is left out."""
   lines = []

@@ -10,6 +10,7 @@ with the same bits. A signal to stop finishes the step and saves: `train.signals
 """
 
 import contextlib
+import functools
 import logging
 import os
 import pathlib
@@ -22,32 +23,51 @@ from ml_collections import ConfigDict
 
 import mmjax
 from mmjax import files, sharding
-from mmjax.train import begin, datasets, processes
+from mmjax.train import begin, cache, datasets, lifeline, processes
 from mmjax.train import build as build_lib
 from mmjax.train import config as config_lib
 from mmjax.train import log as log_lib
 from mmjax.train.checkpoint import Checkpoints
-from mmjax.train.signals import Signalled, Signals
-from mmjax.train.step import compile_step
+from mmjax.train.profile import Profile
+from mmjax.train.progress import Progress
+from mmjax.train.signals import OUTCOMES, Signalled, Signals
+from mmjax.train.spikes import Spikes, kept
+from mmjax.train.watchdog import Watchdog
 from mmjax.train.window import Window, share
 
 _log = logging.getLogger('mmjax')
+_PATIENCE = 5.0  # seconds that a run waits for a checkpoint before it leaves one out
 
 
 class RunStopped(RuntimeError):
-  """The run can't go on; one line says why."""
+  """The run can't go on; one line says why. `code`: of the exit."""
+
+  code = 1
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike, devices=None) -> str:
+class ProcessLost(RunStopped):
+  """Another process has gone; nothing is wrong with the run."""
+
+  code = lifeline.LOST
+
+
+def train(
+  config: ConfigDict,
+  workdir: str | os.PathLike,
+  devices=None,
+  profile: tuple[int, int] | None = None,
+) -> str:
   """Trains, from the start or from where the workdir stands.
 
   Args:
     config: resolved (`config.resolve`) and checked.
     workdir: everything that a run leaves goes here.
     devices: default `jax.devices()`.
+    profile: steps (start, stop) to write a trace of, see `train.profile`.
 
   Returns:
-    'done', or 'stopped' by a signal (the same call goes on later).
+    'done', or 'stopped' by Ctrl-C, or 'preempted' by SIGTERM (the same call goes on
+    later).
 
   Raises:
     ValueError: the config, the data or the checkpoints don't fit; one line.
@@ -63,8 +83,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike, devices=None) -> str:
   with log_lib.logging_to(workdir, first):
     _keep_config(config, workdir, first)
     _log.info('%s', processes.found())
-    if config.train.compilation_cache:
-      jax.config.update('jax_compilation_cache_dir', config.train.compilation_cache)
+    kept_in = cache.use(config.train.compilation_cache)
+    _log.info('compiled programs are kept in %s', kept_in or 'no folder')
     if first:
       datasets.prepare(config, devices)
     processes.barrier('prepared')
@@ -78,25 +98,31 @@ def train(config: ConfigDict, workdir: str | os.PathLike, devices=None) -> str:
       config, dataset, parts.model, parts.budget, parts.media_rules
     )
     with sharding.use(parts.mesh, parts.rules):
-      run = _Run(config, workdir, parts, pipeline, dataset, evaluators)
+      run = _Run(config, workdir, parts, pipeline, dataset, evaluators, profile)
       return run.go()
 
 
 class _Run:
   """One run of the loop; `go` does it."""
 
-  def __init__(self, config, workdir, parts, pipeline, dataset, evaluators):
+  def __init__(self, config, workdir, parts, pipeline, dataset, evaluators, profile):
     self.config, self.workdir, self.parts = config, workdir, parts
     self.pipeline, self.dataset, self.evaluators = pipeline, dataset, evaluators
+    self.plan = pipeline.plan
     self.checkpoints = Checkpoints(workdir / 'checkpoints', config.train.keep)
     self.block = sharding.row_block(config.data.rows, parts.mesh, parts.rules)
-    self.window = Window()
+    self.window, self.progress = Window(), Progress()
+    self.progress.enter('restoring')
     self.state = self._restore_or_init()
-    self.start = int(self.state.step)
-    self.log = log_lib.RunLog(
-      workdir, self.start, config.train.steps, jax.process_index() == 0
-    )
+    self.start = self.saved = int(self.state.step)
+    first = jax.process_index() == 0
+    self.log = log_lib.RunLog(workdir, self.start, config.train.steps, first)
     self.signals = Signals()
+    self.spikes = Spikes(workdir / 'spikes', **config.train.spikes)
+    for about in kept(workdir / 'spikes'):
+      self.checkpoints.pin(about['checkpoint'])
+    self.watchdog = Watchdog(self.progress, config.train.watchdog, _tell_where)
+    self.profile = Profile(workdir / 'profile', profile if first else None)
     self.lost = False  # another process
 
   def _restore_or_init(self):
@@ -110,43 +136,22 @@ class _Run:
     _log.info('%s', sharding.table(params, places))
     _log.info('%s', self.pipeline.summary())
     sharding.refuse_replicated(params, places, self.config.sharding.max_replicated)
-    found = self.checkpoints.restore(parts.abstract, self._accept)
+    same = functools.partial(datasets.refuse_others, self.config, self.dataset, self.plan)
+    found = self.checkpoints.restore(parts.abstract, same)
     if found is None:
-      given = begin.parameters(parts.model, params, self.config.init.to_dict())
-      if given:
-        count = sum(x.size for x in given.values())
-        _log.info('%s parameters from %s', f'{count:,}', self.config.init.to_json())
-      return parts.init(jax.random.fold_in(jax.random.key(self.config.seed), 0), given)
+      return begin.state(self.config, parts)
     state, meta = found
+    self.progress = Progress(meta['goodput'])
     self.window = Window.from_json(meta['window'], jax.process_index() == 0)
     _log.info('going on from step %d of %s', meta['step'], self.workdir)
     return state
 
-  def _accept(self, meta):
-    mine, theirs = self.dataset.tokenizer.hash, meta['tokenizer_hash']
-    if mine != theirs:
-      raise ValueError(
-        f'the tokenizer of {datasets.where(self.config)} has hash {mine[:12]}, the'
-        f' checkpoint was trained with {theirs[:12]}; put that data back or use another'
-        ' --workdir'
-      )
-    # The place in the data is the step; the counts tell whether it is the same data.
-    then, now = meta.get('documents'), self._dealt(meta['data_position'])
-    if then not in (None, now):
-      raise ValueError(
-        f'the data of {datasets.where(self.config)} is not what it was: {now} documents'
-        f' before step {meta["data_position"]}, the checkpoint says {then}; put that'
-        ' data back or use another --workdir'
-      )
-
-  def _dealt(self, steps) -> dict[str, int]:
-    """How many documents of each source come in so many steps."""
-    return self.pipeline.plan.before(steps * self.config.data.rows)
-
   def go(self) -> str:
     try:
       with self.signals:
-        outcome = self._steps() if self._missing_evaluation() else 'stopped'
+        self.watchdog.start()
+        outcome = self._steps() if self._missing_evaluation() else self._asked()
+      self.progress.enter('saving')
       self.checkpoints.wait()
       if outcome == 'done':
         _log.info('done: %d steps in %s', self.config.train.steps, self.workdir)
@@ -156,27 +161,30 @@ class _Run:
     except (ValueError, jax.errors.JaxRuntimeError) as error:
       if processes.is_lost(error):
         self.lost = True
-        raise RunStopped(processes.how_lost(error)) from error
+        raise ProcessLost(processes.how_lost(error)) from error
       if isinstance(error, ValueError) and config_lib.is_ours(error):
         raise RunStopped(str(error)) from error
       raise
     except OSError as error:  # a full disk, most of the time
       raise RunStopped(f'{error.strerror or error}: {error.filename or ""}') from error
     finally:
+      self.watchdog.close()
+      self.profile.close()
       self.log.close()
       if not self.lost:  # or it would wait for them
         with contextlib.suppress(ValueError):
           self.checkpoints.close()
 
+  def _asked(self) -> str:
+    return OUTCOMES[self.signals.asked]
+
   def _steps(self) -> str:
     """Steps until the end or a signal."""
-    config, steps = self.config, self.config.train.steps
-    if self.start >= steps:
+    if self.start >= self.config.train.steps:
       return 'done'
-    step_fn = self.parts.step(config.seed)
-    shapes = self.parts.batch_shapes(config.data.rows)
     began = time.monotonic()
-    step_fn = compile_step(step_fn, self.parts.abstract, shapes)
+    self.progress.enter('compiling', self.start + 1)
+    step_fn = build_lib.step_of(self.config, self.parts)
     _log.info('compiled the step in %.1f s', time.monotonic() - began)
     loaded = self.pipeline.iterate(self.start, *self.block)
     with contextlib.closing(loaded):
@@ -185,13 +193,18 @@ class _Run:
   def _loop(self, step_fn, loaded) -> str:
     config, steps = self.config, self.config.train.steps
     self.window.restart_clock()
-    batch, stats = self._draw(loaded)
+    self.watchdog.beat()
+    drawn = self._draw(loaded)
     pending = None
     for done in range(self.start + 1, steps + 1):
+      self._tell(self.profile.before(done, self.state))
+      self.progress.enter('step', done)
+      batch, stats, rows = drawn
       self.state, metrics = step_fn(self.state, batch)
       self.log.advance()
       self._read(pending)
-      pending = (done, metrics, stats)
+      pending = (done, metrics, stats, rows)
+      self.watchdog.beat()
       self.checkpoints.check()
       stopped = self.signals.agreed()
       due = done % config.train.checkpoint_every == 0 or done == steps
@@ -200,30 +213,37 @@ class _Run:
         self._read(pending)
         pending = None
       if stopped or due:
-        self._save(done)
+        self._save(done, wait=stopped or done == steps)
       if evaluate and not stopped:
-        stopped = not self._evaluate(done)
+        stopped = None if self._evaluate(done) else self._asked()
         if stopped:
-          self._save(done)
+          self._save(done, wait=True)
       if done == steps and not stopped:
+        self._tell(self.profile.close())
         return 'done'
       if stopped:
-        return 'stopped'
-      batch, stats = self._draw(loaded)
+        return stopped
+      drawn = self._draw(loaded)
     raise RuntimeError('a run without steps')
 
+  def _tell(self, line):
+    if line:
+      _log.info('%s', line)
+
   def _draw(self, loaded):
+    """(the batch on its devices, stats, the rows of this process)."""
+    self.progress.enter('data')
     found = next(loaded)
     batch = sharding.place_batch(
       found.batch, self.config.data.rows, self.parts.mesh, self.parts.rules
     )
-    return batch, share(found.stats, self.block[1])
+    return batch, share(found.stats, self.block[1]), found.batch
 
   def _read(self, pending):
     """Takes in the numbers of a step; logs every `log_every` steps."""
     if pending is None:
       return
-    done, metrics, stats = pending
+    done, metrics, stats, rows = pending
     metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
     self.window.add(metrics, stats)
     in_a_row = int(metrics['skipped_in_a_row'])
@@ -232,26 +252,62 @@ class _Run:
         'step %d: loss %s, gradient norm %s; update left out',
         done, metrics['loss'], metrics['grad_norm'],
       )  # fmt: skip
+    if reason := self.spikes.judge(metrics['loss'], bool(in_a_row)):
+      self._keep_spike(done, reason, metrics, rows)
     if done % self.config.train.log_every == 0 or done == self.config.train.steps:
-      self.log.write(done, self.window.flush(processes.gather))
+      line = self.window.flush(processes.gather)
+      self.log.write(done, {**line, 'train/goodput': self.progress.goodput()})
     if in_a_row >= self.config.train.max_skipped:
       raise RunStopped(
         f'{in_a_row} updates in a row were not finite, steps {done - in_a_row + 1} to'
         f' {done}; documents of step {done}: {self._documents(done - 1)}'
       )
 
-  def _documents(self, step) -> str:
+  def _keep_spike(self, done, reason, metrics, rows):
+    about = {
+      'reason': reason,
+      'metrics': {k: repr(v) for k, v in metrics.items()},  # JSON has no NaN
+      'checkpoint': self.saved,  # 0: what the run began with
+      'rng': f'fold_in(fold_in(key({self.config.seed}), 1), {done - 1})',
+      'documents': self._ids(done - 1),
+    }
+    if self.spikes.keep(done, rows, self.block, about):
+      self.checkpoints.pin(self.saved)
+      _log.warning('step %d: %s; kept in %s', done, reason, self.workdir / 'spikes')
+
+  def _ids(self, step) -> list[int]:
+    """The numbers of the documents of a batch, in order."""
     rows = range(step * self.config.data.rows, (step + 1) * self.config.data.rows)
-    ids = [int(i) for r in rows for i in self.pipeline.plan.row(r)]
+    return [int(i) for r in rows for i in self.plan.row(r)]
+
+  def _documents(self, step) -> str:
+    ids = self._ids(step)
     shown = ', '.join(self.dataset[i].id or f'#{i}' for i in ids[:16])
     return shown + (f' and {len(ids) - 16} more' if len(ids) > 16 else '')
 
-  def _save(self, done):
+  def _save(self, done, wait):
+    """Starts to write a checkpoint; left out if the last one isn't written soon.
+
+    Args:
+      wait: for the last one instead, and write this one whatever it takes.
+    """
+    if not wait and processes.anyone(self.checkpoints.busy(_PATIENCE)):
+      _log.warning(
+        'no checkpoint of step %d: that of step %d is still being written; is the disk'
+        ' slow, or config.train.checkpoint_every too small?', done, self.saved,
+      )  # fmt: skip
+      return
+    with self.progress.during('saving'):
+      self._save_now(done)
+    self.saved = done
+
+  def _save_now(self, done):
     meta = {
       'window': self.window.to_json(processes.gather),
       'tokenizer_hash': self.dataset.tokenizer.hash,
       'data_position': done,
-      'documents': self._dealt(done),
+      'documents': self.plan.before(done * self.config.data.rows),
+      'goodput': self.progress.to_json(),
       'config': self.config.to_dict(),
       'mmjax': mmjax.__version__,
     }
@@ -281,8 +337,9 @@ class _Run:
     full = done in (0, self.config.train.steps)
     params = self.state.eval_params()
     results = {}
+    self.watchdog.rest()
     try:
-      with self.signals.raising():
+      with self.progress.during('evaluating'), self.signals.raising():
         for name, evaluator in self.evaluators.items():
           if full or (evaluator.every and done % evaluator.every == 0):
             results[name] = evaluator.run(params, done, full=full)
@@ -296,7 +353,14 @@ class _Run:
       self.log.write(done, metrics)
       curves.write(self.workdir, self.workdir.name)
     self.window.restart_clock()
+    self.watchdog.beat()
     return True
+
+
+def _tell_where(head: str, where: str) -> None:
+  """Where all processes are, to the log of process 0."""
+  for k, said in enumerate(processes.ask_around('where', where, seconds=3.0)):
+    _log.warning('%sprocess %d: %s', '' if k else f'{head}\n', k, said.rstrip())
 
 
 def _keep_config(config: ConfigDict, workdir: pathlib.Path, first: bool) -> None:

@@ -17,6 +17,7 @@ import functools
 import json
 import os
 import sys
+import time
 import traceback
 from typing import Any
 
@@ -26,6 +27,13 @@ from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from mmjax.train import lifeline
+
+# Exit codes, of sysexits.h where there is one: a scheduler starts again what wasn't 0.
+STOPPED = 75  # EX_TEMPFAIL: asked to stop before the end, or another process was lost
+_MOMENT = 5.0  # seconds
+_line: lifeline.Lifeline | None = None
 
 _INDEX = 'JOB_COMPLETION_INDEX'  # of Kubernetes; of one slice only, on TPUs
 _ENV = {
@@ -93,7 +101,7 @@ def start(
   if missing and not distributed and not launcher:
     told = ', '.join(f'--{name} (or {_ENV[name][0]})' for name in missing)
     raise ValueError(f'one of several processes, but which: {told} is missing')
-  # SIGTERM is ours, see `train.signals`.
+  # JAX's own notice of a preemption is SIGTERM as well, which is ours: `train.signals`.
   jax.config.update('jax_enable_preemption_service', False)
   try:
     jax.distributed.initialize(
@@ -108,6 +116,8 @@ def start(
       return False  # a TPU that knows of no others; if it has some: `refuse_unjoined`
     line = ' '.join(str(error).split())
     raise ValueError(f'could not join the other processes: {line}') from error
+  global _line
+  _line = lifeline.join()
   return True
 
 
@@ -151,25 +161,36 @@ def refuse_unjoined() -> None:
 
 @contextlib.contextmanager
 def leaving_together():
-  """Around a script: a process that fails doesn't wait for the others at its end.
+  """Around a script: a process that fails takes the others along, with its reason.
 
   JAX has processes meet before they exit; the others would be waiting for this one's
-  next step meanwhile. It leaves at once instead, and they see the connection break.
+  next step meanwhile. It leaves at once instead and tells them: `train.lifeline`.
   """
   try:
     yield
   except BaseException as error:
-    clean = isinstance(error, SystemExit) and error.code in (None, 0)
+    ours = isinstance(error, SystemExit)
+    code = error.code if ours else 1
+    # Asked to stop, all have saved and meet at the end; after a loss they can't.
+    asked = code == STOPPED and error.__context__ is None
+    clean = ours and (code in (None, 0) or asked)
     if clean or not jax.distributed.is_initialized():
+      if _line is not None:
+        _line.close()
       raise
-    code = error.code if isinstance(error, SystemExit) else 1
     if is_lost(error):
-      print(f'error: {how_lost(error)}', file=sys.stderr)
-    elif not isinstance(error, SystemExit):
+      why, code = how_lost(error), lifeline.LOST
+      print(f'error: {why}', file=sys.stderr)
+    elif not ours:
       traceback.print_exception(error)
-    elif not isinstance(code, int):
+      why = f'{type(error).__name__}: {error}'
+    elif isinstance(code, int):  # its line was printed where it exits
+      why = str(error.__context__ or 'no reason given')
+    else:
       print(code, file=sys.stderr)
-      code = 1
+      why, code = str(code), 1
+    if _line is not None:
+      _line.leave(' '.join(why.split())[:500], code, print_it=False)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -193,6 +214,24 @@ def gather(value: Any) -> list[Any]:
   return [json.loads(bytes(row[:n])) for row, n in zip(rows, np.ravel(sizes))]
 
 
+def ask_around(name: str, text: str, seconds: float) -> list[str]:
+  """On process 0: what each process says about a thing at about this time.
+
+  All call it, from any thread, and nobody waits for another; process 0 waits `seconds`
+  before it looks. Others get an empty list.
+  """
+  if jax.process_count() == 1:
+    return [text]
+  if _line is None:
+    return [text] if jax.process_index() == 0 else []
+  _line.post(name, text)
+  if jax.process_index():
+    return []
+  time.sleep(seconds)
+  said = _line.posted(name)
+  return [said.get(k, 'says nothing') for k in range(jax.process_count())]
+
+
 def is_lost(error: BaseException) -> bool:
   """Whether an error of JAX says that another process has gone."""
   told = ('Gloo', 'coordination service', 'CoordinationService', 'heartbeat',
@@ -201,19 +240,29 @@ def is_lost(error: BaseException) -> bool:
 
 
 def how_lost(error: BaseException) -> str:
-  """One line for an error that `is_lost`."""
+  """One line for an error that `is_lost`.
+
+  If another process says within a moment why it left, this one ends with that instead.
+  """
+  if _line is not None:
+    _line.hear(_MOMENT)
   return f'lost another process: {str(error).strip().splitlines()[0][:200]}'
 
 
-def anyone(flag: bool) -> jax.Array:
-  """bool[], whether any process says so, on its way; all have to call."""
-  everyone, largest = _largest()
-  local = np.full(len(everyone.mesh.local_devices), flag)
-  return largest(jax.make_array_from_process_local_data(everyone, local))
+def largest(value: int) -> jax.Array:
+  """i32[], the largest that any process says, on its way; all have to call."""
+  everyone, maximum = _largest()
+  local = np.full(len(everyone.mesh.local_devices), value, np.int32)
+  return maximum(jax.make_array_from_process_local_data(everyone, local))
 
 
 @functools.cache
 def _largest():
   mesh = Mesh(np.array(jax.devices()), ('devices',))
-  largest = jax.jit(lambda x: x.any(), out_shardings=NamedSharding(mesh, P()))
-  return NamedSharding(mesh, P('devices')), largest
+  maximum = jax.jit(lambda x: x.max(), out_shardings=NamedSharding(mesh, P()))
+  return NamedSharding(mesh, P('devices')), maximum
+
+
+def anyone(flag: bool) -> bool:
+  """Whether any process says so; waits for all, which have to call."""
+  return flag if jax.process_count() == 1 else bool(largest(int(flag)))

@@ -55,44 +55,13 @@ def make_step(
     count), 'weight' (the count), 'grad_norm', 'learning_rate', 'skipped' (0 or 1)
     and 'skipped_in_a_row'.
   """
-
-  placed = (None, None) if grad_shardings is None else optimizer.split(grad_shardings)
-
-  def place(tree, where=placed[0]):
-    return tree if where is None else jax.lax.with_sharding_constraint(tree, where)
+  gradient = make_gradient(
+    loss_fn, optimizer, rng, accumulate=accumulate, grad_shardings=grad_shardings
+  )
 
   def step(state, batch):
     trained, frozen = optimizer.split(state.params)
-    key = jax.random.fold_in(rng, state.step)
-    # Once a step, and before anything is gathered.
-    used = place(_cast(trained, optimizer.grad_dtype))
-    fixed = place(_cast(frozen, optimizer.grad_dtype), placed[1])
-
-    def loss(used, batch, key):
-      total, sums = loss_fn(merge(used, fixed), batch, key, True)
-      return total, {'loss': total, **sums}
-
-    def gradient(batch, key):
-      grads, sums = jax.grad(loss, has_aux=True)(used, batch, key)
-      grads = jax.tree.map(lambda g, p: g.astype(p.dtype), place(grads), trained)
-      return grads, sums
-
-    if accumulate == 1:
-      grads, sums = gradient(batch, key)
-    else:
-
-      def one(carry, xs):
-        micro, i = xs
-        new = gradient(micro, jax.random.fold_in(key, i))
-        grads, sums = jax.tree.map(jnp.add, carry, new)
-        return (place(grads), sums), None
-
-      micros = split_rows(batch, accumulate)
-      first = jax.tree.map(lambda x: x[0], micros)
-      shapes = jax.eval_shape(gradient, first, key)
-      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-      (grads, sums), _ = jax.lax.scan(one, zeros, (micros, jnp.arange(accumulate)))
-
+    grads, sums = gradient(state, batch)
     count = sums['weight']
     share = jnp.where(count > 0, 1 / jnp.maximum(count, 1e-30), 0.0)
     grads = jax.tree.map(lambda g: g * share.astype(g.dtype), grads)
@@ -132,6 +101,58 @@ def make_step(
     return new_state, {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
 
   return step
+
+
+def make_gradient(
+  loss_fn: LossFn,
+  optimizer: Optimizer,
+  rng: jax.Array,
+  *,
+  accumulate: int = 1,
+  grad_shardings: Any = None,
+) -> Callable[[TrainState, Any], tuple[Any, dict[str, jax.Array]]]:
+  """(state, batch) -> gradient of the sum of losses, {'loss': that sum, ...: sums}.
+
+  Args: as of `make_step`, whose first half this is.
+  """
+  placed = (None, None) if grad_shardings is None else optimizer.split(grad_shardings)
+
+  def place(tree, where=placed[0]):
+    return tree if where is None else jax.lax.with_sharding_constraint(tree, where)
+
+  def gradient_of_step(state, batch):
+    trained, frozen = optimizer.split(state.params)
+    key = jax.random.fold_in(rng, state.step)
+    # Once a step, and before anything is gathered.
+    used = place(_cast(trained, optimizer.grad_dtype))
+    fixed = place(_cast(frozen, optimizer.grad_dtype), placed[1])
+
+    def loss(used, batch, key):
+      total, sums = loss_fn(merge(used, fixed), batch, key, True)
+      return total, {'loss': total, **sums}
+
+    def gradient(batch, key):
+      grads, sums = jax.grad(loss, has_aux=True)(used, batch, key)
+      grads = jax.tree.map(lambda g, p: g.astype(p.dtype), place(grads), trained)
+      return grads, sums
+
+    if accumulate == 1:
+      return gradient(batch, key)
+
+    def one(carry, xs):
+      micro, i = xs
+      new = gradient(micro, jax.random.fold_in(key, i))
+      grads, sums = jax.tree.map(jnp.add, carry, new)
+      return (place(grads), sums), None
+
+    micros = split_rows(batch, accumulate)
+    first = jax.tree.map(lambda x: x[0], micros)
+    shapes = jax.eval_shape(gradient, first, key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    sums, _ = jax.lax.scan(one, zeros, (micros, jnp.arange(accumulate)))
+    return sums
+
+  return gradient_of_step
 
 
 def _cast(tree, dtype):

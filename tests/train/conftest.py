@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from mmjax import sharding
+from mmjax import models, sharding
+from mmjax.data.document import Document, Image, Text
+from mmjax.data.tokenizer import ByteTokenizer
+from mmjax.data.writer import Writer
+from mmjax.ops.vocabulary import Head
 from mmjax.sharding import param
-from mmjax.train import build, config, optim, state, step
+from mmjax.train import build, config, loop, optim, state, step
 
 
 @pytest.fixture
@@ -192,4 +196,111 @@ def toy(toy_batch):
     made.abstract = abstract
     return made
 
+  return make
+
+
+class Bigram(nn.Module):
+  """Predicts a token from the one before; blind, and fast to compile."""
+
+  vocab_size: int
+  media: tuple = ()
+  embed_dim: int = 8
+  rate: float = 0.5
+
+  def setup(self):
+    shape, axes = (self.vocab_size, self.embed_dim), ('vocab', 'embed')
+    self.table = param(self, 'table', nn.initializers.normal(0.1), shape, axes)
+    init = nn.initializers.normal(0.1)
+    self.kernel = param(self, 'head', init, shape[::-1], axes[::-1])
+    self.drop = nn.Dropout(self.rate)
+
+  def __call__(self, batch, *, train=False):
+    hidden = jnp.take(self.table, jnp.maximum(batch.stream.tokens, 0), 0)
+    hidden = self.drop(hidden, deterministic=not train)
+    return hidden @ self.kernel @ self.kernel.T if self.is_initializing() else hidden
+
+  def head(self):
+    return Head((self.kernel,), (('embed', 'vocab'),))
+
+  def slots(self, item):
+    return item.grid
+
+
+class Counter:
+  """Stands for an evaluator; notes when it ran."""
+
+  every, runs = 2, None
+
+  def run(self, params, step, full=False):
+    from mmjax.eval import Result
+
+    self.runs.append((step, full))
+    if hook := getattr(self, 'hook', None):
+      hook(step)
+    return Result({'vqa/accuracy': 0.5 + step / 100}, [])
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+  path = tmp_path_factory.mktemp('data') / 'shades'
+  rng = np.random.default_rng(0)
+  with Writer(path, ByteTokenizer(), {}) as writer:
+    for i in range(60):
+      light = int(rng.integers(0, 2))
+      pixels = (rng.integers(0, 100, (4, 4, 3)) + 150 * light).astype(np.uint8)
+      image = Image(pixels)
+      answer = Text('light' if light else 'dark', trained=True)
+      writer.add(
+        'train', Document((image, Text('?', trained=False), answer), id=f'doc{i}')
+      )
+  return path
+
+
+@pytest.fixture(scope='module')
+def programs():
+  """Executables by their text, so that a program is compiled once in this file."""
+  return {}
+
+
+@pytest.fixture
+def run(tiny, data, tmp_path, monkeypatch, programs):
+  """run(steps, ..., workdir='a') -> outcome; run.evaluator counts evaluations."""
+  compile_ = jax.stages.Lowered.compile
+
+  def kept(self, *args, **kwargs):
+    key = self.as_text()
+    if key not in programs:
+      programs[key] = compile_(self, *args, **kwargs)
+    return programs[key]
+
+  monkeypatch.setattr(jax.stages.Lowered, 'compile', kept)
+  # A picture takes a second; tests/eval looks at it.
+  monkeypatch.setattr(
+    'mmjax.eval.curves.write', lambda workdir, *_: (workdir / 'curves.png').touch()
+  )
+  monkeypatch.setitem(models.MODELS, 'bigram', Bigram)
+  evaluator = Counter()
+  evaluator.runs = []
+  monkeypatch.setattr('mmjax.eval.build_evaluators', lambda *a, **k: {'vqa': evaluator})
+
+  def make(steps=4, workdir='a', devices=1, profile=None, **sections):
+    given = tiny(
+      data={
+        'path': str(data),
+        'rows': 8,
+        'budget': dict(stream=32, targets=16),
+        **sections.get('data', {}),
+      },
+      train={
+        **dict(steps=steps, log_every=2, checkpoint_every=2),
+        **sections.get('train', {}),
+      },
+      optim=sections.get('optim', {}),
+    )
+    given.model = {'name': 'bigram', 'embed_dim': 8, **sections.get('model', {})}
+    given.sharding.update({'max_replicated': 1.0, **sections.get('sharding', {})})
+    given, where = config.resolve(given), tmp_path / workdir
+    return loop.train(given, where, jax.devices()[:devices], profile)
+
+  make.evaluator, make.workdir = evaluator, tmp_path / 'a'
   return make

@@ -6,130 +6,13 @@ import logging
 import os
 import signal
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from mmjax import models
 from mmjax.data import store
-from mmjax.data.document import Document, Image, Text
-from mmjax.data.tokenizer import ByteTokenizer
-from mmjax.data.writer import Writer
-from mmjax.ops.vocabulary import Head
-from mmjax.sharding import param
-from mmjax.train import config as config_lib
 from mmjax.train import log as log_lib
 from mmjax.train import loop
 from mmjax.train.checkpoint import CheckpointError, Checkpoints
-
-
-class Bigram(nn.Module):
-  """Predicts a token from the one before; blind, and fast to compile."""
-
-  vocab_size: int
-  media: tuple = ()
-  embed_dim: int = 8
-  rate: float = 0.5
-
-  def setup(self):
-    shape, axes = (self.vocab_size, self.embed_dim), ('vocab', 'embed')
-    self.table = param(self, 'table', nn.initializers.normal(0.1), shape, axes)
-    self.kernel = param(
-      self, 'head', nn.initializers.normal(0.1), shape[::-1], axes[::-1]
-    )
-    self.drop = nn.Dropout(self.rate)
-
-  def __call__(self, batch, *, train=False):
-    hidden = jnp.take(self.table, jnp.maximum(batch.stream.tokens, 0), 0)
-    hidden = self.drop(hidden, deterministic=not train)
-    return hidden @ self.kernel @ self.kernel.T if self.is_initializing() else hidden
-
-  def head(self):
-    return Head((self.kernel,), (('embed', 'vocab'),))
-
-  def slots(self, item):
-    return item.grid
-
-
-class Counter:
-  """Stands for an evaluator; notes when it ran."""
-
-  every, runs = 2, None
-
-  def run(self, params, step, full=False):
-    from mmjax.eval import Result
-
-    self.runs.append((step, full))
-    if hook := getattr(self, 'hook', None):
-      hook(step)
-    return Result({'vqa/accuracy': 0.5 + step / 100}, [])
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-  path = tmp_path_factory.mktemp('data') / 'shades'
-  rng = np.random.default_rng(0)
-  with Writer(path, ByteTokenizer(), {}) as writer:
-    for i in range(60):
-      light = int(rng.integers(0, 2))
-      pixels = (rng.integers(0, 100, (4, 4, 3)) + 150 * light).astype(np.uint8)
-      image = Image(pixels)
-      answer = Text('light' if light else 'dark', trained=True)
-      writer.add(
-        'train', Document((image, Text('?', trained=False), answer), id=f'doc{i}')
-      )
-  return path
-
-
-@pytest.fixture(scope='module')
-def programs():
-  """Executables by their text, so that a program is compiled once in this file."""
-  return {}
-
-
-@pytest.fixture
-def run(tiny, data, tmp_path, monkeypatch, programs):
-  """run(steps, ..., workdir='a') -> outcome; run.evaluator counts evaluations."""
-  compile_ = jax.stages.Lowered.compile
-
-  def kept(self, *args, **kwargs):
-    key = self.as_text()
-    if key not in programs:
-      programs[key] = compile_(self, *args, **kwargs)
-    return programs[key]
-
-  monkeypatch.setattr(jax.stages.Lowered, 'compile', kept)
-  # A picture takes a second; tests/eval looks at it.
-  monkeypatch.setattr(
-    'mmjax.eval.curves.write', lambda workdir, *_: (workdir / 'curves.png').touch()
-  )
-  monkeypatch.setitem(models.MODELS, 'bigram', Bigram)
-  evaluator = Counter()
-  evaluator.runs = []
-  monkeypatch.setattr('mmjax.eval.build_evaluators', lambda *a, **k: {'vqa': evaluator})
-
-  def make(steps=4, workdir='a', devices=1, **sections):
-    config = tiny(
-      data={
-        'path': str(data),
-        'rows': 8,
-        'budget': dict(stream=32, targets=16),
-        **sections.get('data', {}),
-      },
-      train=dict(
-        steps=steps, log_every=2, checkpoint_every=2, **sections.get('train', {})
-      ),
-      optim=sections.get('optim', {}),
-    )
-    config.model = {'name': 'bigram', 'embed_dim': 8, **sections.get('model', {})}
-    config.sharding.update({'max_replicated': 1.0, **sections.get('sharding', {})})
-    config = config_lib.resolve(config)
-    return loop.train(config, tmp_path / workdir, jax.devices()[:devices])
-
-  make.evaluator, make.workdir = evaluator, tmp_path / 'a'
-  return make
 
 
 def fingerprints(workdir, step):
@@ -140,7 +23,7 @@ def fingerprints(workdir, step):
 def lines(workdir):
   """The log without what a clock says."""
   out = log_lib.read(workdir / 'metrics.jsonl')
-  return [{k: v for k, v in x.items() if 'second' not in k} for x in out]
+  return [{k: v for k, v in x.items() if not log_lib.clocked(k)} for x in out]
 
 
 def test_a_run_leaves_what_it_promises(run):
@@ -217,13 +100,15 @@ def at_step(monkeypatch, step, action):
   monkeypatch.setattr(loop._Run, '_read', hooked)
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_run_goes_on(run, monkeypatch, number):
+@pytest.mark.parametrize(
+  ('number', 'outcome'), [(signal.SIGTERM, 'preempted'), (signal.SIGINT, 'stopped')]
+)
+def test_a_signal_saves_and_the_run_goes_on(run, monkeypatch, number, outcome):
   run(6, 'straight')
   before = signal.getsignal(number)
   with monkeypatch.context() as patch:
     at_step(patch, 3, lambda: os.kill(os.getpid(), number))
-    assert run(6) == 'stopped'
+    assert run(6) == outcome
   kept = Checkpoints(run.workdir / 'checkpoints', read_only=True).steps()
   assert kept[-1] in (3, 4)  # not at a multiple of checkpoint_every, but where it was
   assert signal.getsignal(number) == before
@@ -235,7 +120,7 @@ def test_a_signal_saves_and_the_run_goes_on(run, monkeypatch, number):
 
 def test_a_signal_breaks_an_evaluation_off_and_it_is_made_up_for(run):
   run.evaluator.hook = lambda step: step == 4 and os.kill(os.getpid(), signal.SIGTERM)
-  assert run(6) == 'stopped'
+  assert run(6) == 'preempted'
   assert run.evaluator.runs == [(2, False), (4, False)]
   run.evaluator.hook = None
   assert run(6) == 'done'
@@ -246,7 +131,7 @@ def test_a_signal_breaks_an_evaluation_off_and_it_is_made_up_for(run):
 
 def test_the_evaluation_before_the_first_step_is_made_once_and_in_full(run):
   run.evaluator.hook = lambda step: step == 0 and os.kill(os.getpid(), signal.SIGTERM)
-  assert run(2, train=dict(evaluate_first=True)) == 'stopped'
+  assert run(2, train=dict(evaluate_first=True)) == 'preempted'
   assert not [x for x in lines(run.workdir) if 'eval/vqa/accuracy' in x]
   run.evaluator.hook = None
   run.evaluator.runs.clear()
