@@ -5,7 +5,7 @@ images are fetched by others). Raw patches of 16 x 16 pixels at native aspect ra
 in the stream; 512 rows of 4,096 slots a step, two million tokens.
 
 Model: 8.0 B parameters, all trained; bf16 compute, f32 parameters and moments, split over
-the 16 chips of a row of the torus, rows of the batch over all.
+64 chips, rows of the batch over all.
 
 Expect: no score; it was planned, never trained at this size. What a step takes and could
 reach by the compiler's estimates is in tests/plan/pods.json; see docs/planning.md.
@@ -46,7 +46,7 @@ def get_config(variant: str = '') -> ConfigDict:
         tie_embeddings=False,
         rope_base=500_000.0,
         norm_eps=1e-5,
-        remat='full',
+        remat='attention+up',
         dtype='bfloat16',
       ),
       optim=dict(
@@ -55,8 +55,9 @@ def get_config(variant: str = '') -> ConfigDict:
         schedule=dict(name='cosine', warmup_steps=2000, final_share=0.1),
         weight_decay=0.1,
         clip_norm=1.0,
+        grad_dtype='bfloat16',
       ),
-      sharding=dict(preset='fsdp', mesh=dict(data=-1, fsdp=16)),
+      sharding=dict(preset='fsdp', mesh=dict(data=-1, fsdp=64)),
       train=dict(steps=100_000, log_every=20, checkpoint_every=1000, keep=2),
     )
   )

@@ -7,6 +7,7 @@ layer; F instead of 2 F where the MLP isn't gated), and made anew:
   none            everything                               nothing
   full            D                                        the layer
   attention       D + N H [+ N in f32]                     all but attention
+  attention+up    D + N H + F [+ N in f32]                 all but these products
   dots            2 D + (N + 2 K) H + 2 F                  attention, norms, activations
   dots+attention  2 D + 2 (N + K) H + 2 F [+ N in f32]     norms, activations
   all_dots        dots, and N S, attention's logits        norms, softmax, activations
@@ -29,6 +30,8 @@ import jax
 from mmjax.ops.attention import NAMES
 
 _policies = jax.checkpoint_policies
+# What an MLP's first product is called here; of a gated one, the one without activation.
+MLP_UP = 'mlp_up'
 _attention = _policies.save_only_these_names(*NAMES)
 _dots = _policies.dots_with_no_batch_dims_saveable
 _dots_attention = _policies.save_from_both_policies(_dots, _attention)
@@ -51,6 +54,7 @@ REMAT = {
   'none': None,
   'full': _policies.nothing_saveable,
   'attention': _attention,
+  'attention+up': _policies.save_only_these_names(*NAMES, MLP_UP),
   'dots': _dots,
   'dots+attention': _dots_attention,
   'all_dots': _policies.dots_saveable,

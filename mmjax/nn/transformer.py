@@ -30,10 +30,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from mmjax.batch import KeyTags, QueryTags
 from mmjax.nn.cache import KV, write
-from mmjax.nn.remat import REMAT, remat
+from mmjax.nn.remat import MLP_UP, REMAT, remat
 from mmjax.ops.attention import IMPLEMENTATIONS, attend
 from mmjax.ops.linear import linear
 from mmjax.ops.norms import layer_norm, rms_norm
@@ -293,7 +294,10 @@ class Mlp(nn.Module):
       return constrain(y, 'batch', 'seq', 'act_mlp')
 
     act = ACTIVATIONS[c.activation]
-    hidden = act(up('gate')) * up('up') if c.gated else act(up('up'))
+    hidden = checkpoint_name(up('up'), MLP_UP)
+    hidden = act(up('gate')) * hidden if c.gated else act(hidden)
+    # Made once, not anew inside of each product that reads it.
+    hidden = jax.lax.optimization_barrier(hidden)
     init = kernel_init(c.out_scale)
     kernel = param(self, 'down', init, (F, D), ('mlp', 'embed'), c.param_dtype)
     y = linear(hidden, kernel)
