@@ -42,7 +42,7 @@ def test_every_contestant_makes_the_same_pictures(bench, out, case):
       ] < 1.5  # fmt: skip
     grid, patches = bench.rule(case, 'area').patches_of(Image(path.read_bytes()))
     ours = media.unpatchify(patches, *grid[1:], bench.PATCH)
-    others = bench.pillow(path, case), bench.bare(path, case)
+    others = bench.pillow(path, case), bench.bare(path, case, 'area')
     assert {x.shape for x in others} == {ours.shape}
     gaps = [np.abs(ours.astype(int) - x).mean() for x in others]
     assert gaps[0] < 4 and gaps[1] < 1, (path, gaps)

@@ -21,6 +21,7 @@ from mmjax.data.writer import Writer
 from mmjax.eval import Gain, build_evaluators, gain_page, report
 from mmjax.eval.gain import donors, summarise
 from mmjax.models.unified import Unified
+from mmjax.ops.vocabulary import Head
 from mmjax.train import config as config_lib
 
 RULE = ImageRule(patch=4, resize='longest', size=8)
@@ -38,9 +39,9 @@ class Looks:
   def slots(self, item):
     return item.grid
 
-  def apply(self, variables, x, method=None):
-    if method == 'logits':
-      return 3.0 * jax.nn.one_hot(x[..., 0].astype(jnp.int32), 257)
+  def apply(self, variables, x=None, method=None):
+    if method == 'head':
+      return Head((3.0 * jnp.eye(257),), (('embed', 'vocab'),))
     s, bank = x.stream, x.bank['image']
     at = jnp.where(s.tokens < 0, s.source, -1)
     shade = jnp.take_along_axis(bank.values[..., 0].astype(jnp.int32), at, 1)
@@ -49,15 +50,15 @@ class Looks:
     latest = jax.lax.cummax(jnp.where(at >= 0, slot, -1), axis=1)
     same = jnp.take_along_axis(s.segment_ids, jnp.maximum(latest, 0), 1) == s.segment_ids
     code = ord('a') + jnp.take_along_axis(shade, jnp.maximum(latest, 0), 1) // 16
-    return jnp.where((latest >= 0) & same, code, -1)[..., None].astype(jnp.float32)
+    return jax.nn.one_hot(jnp.where((latest >= 0) & same, code, -1), 257)
 
 
 class Guesses(Looks):
   """The same without looking."""
 
-  def apply(self, variables, x, method=None):
-    if method != 'logits':
-      return jnp.full((*x.stream.tokens.shape, 1), ord('a'), jnp.float32)
+  def apply(self, variables, x=None, method=None):
+    if method != 'head':
+      return jax.nn.one_hot(jnp.full(x.stream.tokens.shape, ord('a')), 257)
     return super().apply(variables, x, method)
 
 
