@@ -199,13 +199,21 @@ class _Part:
     return tuple({'Q': self.name, 'V': None, 'D': embed}[x] for x in self.spec)
 
   def block(self, i, size):
-    """Words i, i + 1, ... of every device, whole in D."""
+    """Words i, i + 1, ... of every device, [D, Q, V], whole in D.
+
+    What devices gather of a table [V, D] is turned first: pieces of the last axis would
+    be turned afterwards, all of them on every device.
+    """
     block = jax.lax.dynamic_slice_in_dim(self.kernel, i, size, self.axis)
     block = constrain(block, *self._names('embed')).astype(self.hidden.dtype)
-    return constrain(block, *self._names(None))
+    if self.first:
+      block = constrain(jnp.moveaxis(block, -1, 0), 'embed', self.name, None)
+    return constrain(block, None, self.name, None)
 
   def put(self, d_kernel, block, i):
-    block = constrain(block.astype(d_kernel.dtype), *self._names('embed'))
+    block = constrain(block.astype(d_kernel.dtype), 'embed', self.name, None)
+    if self.first:
+      block = constrain(jnp.moveaxis(block, 0, -1), *self._names('embed'))
     return jax.lax.dynamic_update_slice_in_dim(d_kernel, block, i, self.axis)
 
   def ids(self, i, size, first):
@@ -217,20 +225,20 @@ class _Part:
   def logits(self, i, size):
     """f32[..., Q, V]"""
     block = self.block(i, size)
-    y = self._einsum('XD', self.hidden, self.spec, block, 'XQV', jnp.float32)
+    y = self._einsum('XD', self.hidden, 'DQV', block, 'XQV', jnp.float32)
     y = constrain(y, *self.lead, self.name, None)
     return _cap(y, self.soft_cap)
 
   def to_hidden(self, d, i, size):
     """f32[..., Q, D]: every device's own part, not yet added up."""
     block = self.block(i, size)
-    y = self._einsum('XQV', d, self.spec, block, 'XQD', jnp.float32)
+    y = self._einsum('XQV', d, 'DQV', block, 'XQD', jnp.float32)
     return constrain(y, *self.lead, self.name, None)
 
   def to_kernel(self, d):
     # In the kernel's precision, so that this is what devices send each other.
     dtype = max(self.dtype, self.hidden.dtype, key=lambda dtype: dtype.itemsize)
-    return self._einsum('XD', self.hidden, 'XQV', d, self.spec, dtype)
+    return self._einsum('XD', self.hidden, 'XQV', d, 'DQV', dtype)
 
   def _einsum(self, a, x, b, y, out, dtype):
     lead = 'BK'[: self.hidden.ndim - 1]
