@@ -8,6 +8,7 @@ layer; F instead of 2 F where the MLP isn't gated), and made anew:
   full            D                                        the layer
   attention       D + N H [+ N in f32]                     all but attention
   attention+up    D + N H + F [+ N in f32]                 all but these products
+  attention+mlp   D + N H + 2 F [+ N in f32]               norms, products before attention
   dots            2 D + (N + 2 K) H + 2 F                  attention, norms, activations
   dots+attention  2 D + 2 (N + K) H + 2 F [+ N in f32]     norms, activations
   all_dots        dots, and N S, attention's logits        norms, softmax, activations
@@ -32,6 +33,7 @@ from mmjax.ops.attention import NAMES
 _policies = jax.checkpoint_policies
 # What an MLP's first product is called here; of a gated one, the one without activation.
 MLP_UP = 'mlp_up'
+MLP_GATE = 'mlp_gate'  # the product with the activation
 _attention = _policies.save_only_these_names(*NAMES)
 _dots = _policies.dots_with_no_batch_dims_saveable
 _dots_attention = _policies.save_from_both_policies(_dots, _attention)
@@ -55,6 +57,7 @@ REMAT = {
   'full': _policies.nothing_saveable,
   'attention': _attention,
   'attention+up': _policies.save_only_these_names(*NAMES, MLP_UP),
+  'attention+mlp': _policies.save_only_these_names(*NAMES, MLP_UP, MLP_GATE),
   'dots': _dots,
   'dots+attention': _dots_attention,
   'all_dots': _policies.dots_saveable,

@@ -34,7 +34,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mmjax.batch import KeyTags, QueryTags
 from mmjax.nn.cache import KV, write
-from mmjax.nn.remat import MLP_UP, REMAT, remat
+from mmjax.nn.remat import MLP_GATE, MLP_UP, REMAT, remat
 from mmjax.ops.attention import IMPLEMENTATIONS, attend
 from mmjax.ops.linear import linear
 from mmjax.ops.norms import layer_norm, rms_norm
@@ -273,6 +273,17 @@ class Attention(nn.Module):
     return y, kv
 
 
+@jax.custom_vjp
+def _gradients_once(x):
+  """x, whose gradient is made once, not anew inside of each product that reads it."""
+  return x
+
+
+_gradients_once.defvjp(
+  lambda x: (x, None), lambda _, dx: (jax.lax.optimization_barrier(dx),)
+)
+
+
 class Mlp(nn.Module):
   """act(x gate) * (x up) down, or act(x up) down; f[B, T, D] -> f[B, T, D].
 
@@ -295,7 +306,11 @@ class Mlp(nn.Module):
 
     act = ACTIVATIONS[c.activation]
     hidden = checkpoint_name(up('up'), MLP_UP)
-    hidden = act(up('gate')) * hidden if c.gated else act(hidden)
+    if c.gated:
+      gate, hidden = _gradients_once((checkpoint_name(up('gate'), MLP_GATE), hidden))
+      hidden = act(gate) * hidden
+    else:
+      hidden = act(_gradients_once(hidden))
     # Made once, not anew inside of each product that reads it.
     hidden = jax.lax.optimization_barrier(hidden)
     init = kernel_init(c.out_scale)

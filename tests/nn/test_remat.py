@@ -17,6 +17,8 @@ def kept(name, D, N, K, H, F, S):
   return {
     'full': (0, 0),
     'attention': (N * H, 0),
+    'attention+up': (N * H + F, 0),
+    'attention+mlp': (N * H + 2 * F, 0),
     'dots': (dots, 0),
     'dots+attention': (dots + N * H, 0),
     'all_dots': (dots + N * S, 0),
