@@ -8,7 +8,7 @@ layer; F instead of 2 F where the MLP isn't gated), and made anew:
   full            D                                        the layer
   attention       D + N H [+ N in f32]                     all but attention
   attention+up    D + N H + F [+ N in f32]                 all but these products
-  attention+mlp   D + N H + 2 F [+ N in f32]               norms, products before attention
+  attention+mlp   D + N H + 2 F [+ N in f32]               norms, queries, keys, values
   dots            2 D + (N + 2 K) H + 2 F                  attention, norms, activations
   dots+attention  2 D + 2 (N + K) H + 2 F [+ N in f32]     norms, activations
   all_dots        dots, and N S, attention's logits        norms, softmax, activations
