@@ -5,8 +5,9 @@ Data and step as of configs/flamingo_3b.py.
 Model: a ViT-H/14 and a language model of Llama-7B's widths, both frozen; a resampler and
 a gated cross-attention before every fourth layer are trained.
 
-Expect: no score; it was planned, never trained at this size. What a step takes and could
-reach by the compiler's estimates is in tests/plan/pods.json; see docs/planning.md.
+Expect: no score; it was planned, never trained at this size. Modelled, by the compiler's
+estimates, for 256 chips of v5e (the second command): 9.4 GiB a chip, 3.7e10 bytes sent,
+MFU 0.48; see docs/planning.md.
 
 COMMAND: python train.py --config=configs/flamingo_9b.py --workdir=runs/flamingo_9b
 What it takes: python -m mmjax.plan --config=configs/flamingo_9b.py --topology=v5e:16x16
@@ -25,7 +26,7 @@ SMALLER = pathlib.Path(__file__).with_name('flamingo_3b.py')
 def get_config(variant: str = '') -> ConfigDict:
   config = runpy.run_path(str(SMALLER))['get_config'](variant)
   config.model.cross_every = 4
-  config.model.lm.update(norm='rms', gated=True, activation='silu')
+  config.model.lm.update(norm='rms', gated=True, activation='silu', remat='attention+up')
   config.model.lm.tie_embeddings = False
   if not variant:
     config.data.update(
