@@ -252,7 +252,9 @@ class _Part:
       carry = step(carry, 0, self.size)
     else:
       starts = jnp.arange(whole, dtype=jnp.int32) * self.size
-      carry, _ = jax.lax.scan(lambda c, i: (step(c, i, self.size), None), carry, starts)
+      # Unrolled, so that a block is sent while another one is multiplied.
+      one = lambda c, i: (step(c, i, self.size), None)  # noqa: E731
+      carry, _ = jax.lax.scan(one, carry, starts, unroll=whole if whole <= 4 else 1)
     return step(carry, whole * self.size, rest) if rest else carry
 
 
