@@ -44,9 +44,15 @@ def get_config(variant: str = '') -> ConfigDict:
   config.data.image = dict(patch=14, resize='fixed', size=224)
   config.data.budget = dict(stream=384, targets=128, image=dict(patches=256, items=1))
   config.model.lm.update(
-    embed_dim=2048, num_layers=18, num_heads=8, num_kv_heads=1, mlp_dim=16_384
+    embed_dim=2048,
+    num_layers=18,
+    num_heads=8,
+    num_kv_heads=1,
+    mlp_dim=16_384,
+    remat='attention',
   )
-  config.model.vision.update(position_grid=(16, 16), remat='full')
-  config.sharding.mesh = dict(data=-1, fsdp=8)
+  config.model.vision.update(position_grid=(16, 16), remat='attention')
+  config.sharding.mesh = dict(data=-1, fsdp=32)
+  config.optim.grad_dtype = 'bfloat16'
   config.train.steps = 100_000
   return config
