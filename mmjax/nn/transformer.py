@@ -315,6 +315,8 @@ class Mlp(nn.Module):
     hidden = jax.lax.optimization_barrier(hidden)
     init = kernel_init(c.out_scale)
     kernel = param(self, 'down', init, (F, D), ('mlp', 'embed'), c.param_dtype)
+    # D as rows: of a gradient whose columns are split, a TPU sums up all on every device.
+    kernel = constrain(kernel.T, 'embed', 'mlp').T
     y = linear(hidden, kernel)
     if c.bias == 'all':
       y = add_bias(self, 'down_bias', y, ('embed',), c.param_dtype)
