@@ -36,7 +36,7 @@ from mmjax.batch import KeyTags, QueryTags
 from mmjax.nn.cache import KV, write
 from mmjax.nn.remat import MLP_GATE, MLP_UP, REMAT, remat
 from mmjax.ops.attention import IMPLEMENTATIONS, attend
-from mmjax.ops.linear import linear
+from mmjax.ops.linear import linear, plus
 from mmjax.ops.norms import layer_norm, rms_norm
 from mmjax.ops.positions import Scaling, Sections, rotary_angles, rotate, scaled
 from mmjax.sharding import constrain, param
@@ -195,7 +195,7 @@ def add_bias(
   """y + bias, a new parameter over y's last axes, which have these names."""
   shape = y.shape[y.ndim - len(axes) :]
   bias = param(module, name, nn.initializers.zeros, shape, axes, dtype)
-  return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - len(axes)) + shape)
+  return plus(y, bias.astype(y.dtype))
 
 
 class Dense(nn.Module):
