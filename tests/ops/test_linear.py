@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mmjax import sharding
-from mmjax.ops.linear import linear
+from mmjax.ops.linear import linear, plus
 
 
 def example(num_in):
@@ -62,3 +62,19 @@ def test_refuses():
   x, kernel = example(1)
   with pytest.raises(ValueError, match=r'x ends in \(6,\), the kernel takes \(3,\)'):
     linear(x, kernel[0])
+
+
+@pytest.mark.parametrize('out', [(5,), (4, 5)])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_plus_has_the_gradient_of_a_sum(out, dtype):
+  y = jax.random.normal(jax.random.key(0), (2, 64, *out), dtype)
+  bias = jax.random.normal(jax.random.key(1), out, dtype)
+  g = jax.random.normal(jax.random.key(2), y.shape, dtype)
+  made, pull = jax.vjp(jax.jit(plus), y, bias)
+  np.testing.assert_array_equal(made, y + bias[(None,) * (y.ndim - bias.ndim)])
+  dy, dbias = pull(g)
+  np.testing.assert_array_equal(dy, g)
+  want = np.sum(np.asarray(g, np.float64), (0, 1))
+  assert dbias.dtype == dtype
+  tolerance = 1e-5 if dtype == 'float32' else 2**-8
+  np.testing.assert_allclose(np.asarray(dbias, np.float64), want, tolerance, 1e-5)
