@@ -51,14 +51,16 @@ def linear(x: jax.Array, kernel: jax.Array, num_in: int = 1, dtype=None) -> jax.
 def plus(y: jax.Array, bias: jax.Array) -> jax.Array:
   """y + bias over y's last axes, f[..., *out] + f[*out] -> f[..., *out].
 
-  The bias' gradient, a sum over all tokens, is a product with ones: a TPU's matrix unit
-  adds up faster than its vector unit, and in float32.
+  On a TPU the bias' gradient, a sum over all tokens, is a product with ones: the matrix
+  unit adds up faster than the vector unit, and in float32.
   """
   return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
 
 
 def _plus_back(bias, g):
   lead = g.shape[: g.ndim - bias.ndim]
+  if sharding.device()[0] != 'tpu':
+    return g, jnp.sum(g, tuple(range(len(lead))))
   # Eight rows of ones, a register's, behind a barrier: else it is made a sum again.
   ones = jax.lax.optimization_barrier(jnp.ones((8, *lead), g.dtype))
   total = jnp.tensordot(ones, g, len(lead), preferred_element_type=jnp.float32)

@@ -66,7 +66,9 @@ def test_refuses():
 
 @pytest.mark.parametrize('out', [(5,), (4, 5)])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_plus_has_the_gradient_of_a_sum(out, dtype):
+@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
+def test_plus_has_the_gradient_of_a_sum(monkeypatch, out, dtype, platform):
+  monkeypatch.setattr(sharding, 'device', lambda: (platform, ''))
   y = jax.random.normal(jax.random.key(0), (2, 64, *out), dtype)
   bias = jax.random.normal(jax.random.key(1), out, dtype)
   g = jax.random.normal(jax.random.key(2), y.shape, dtype)
