@@ -252,9 +252,7 @@ class _Part:
       carry = step(carry, 0, self.size)
     else:
       starts = jnp.arange(whole, dtype=jnp.int32) * self.size
-      # Unrolled, so that a block is sent while another one is multiplied.
-      one = lambda c, i: (step(c, i, self.size), None)  # noqa: E731
-      carry, _ = jax.lax.scan(one, carry, starts, unroll=whole if whole <= 4 else 1)
+      carry, _ = jax.lax.scan(lambda c, i: (step(c, i, self.size), None), carry, starts)
     return step(carry, whole * self.size, rest) if rest else carry
 
 
