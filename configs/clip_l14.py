@@ -78,4 +78,5 @@ def get_config(variant: str = '') -> ConfigDict:
     rows=32_768,
   )
   config.data.budget.update(stream=77, targets=77)
+  config.sharding.mesh = dict(data=-1, fsdp=8)
   return config
