@@ -74,6 +74,7 @@ def test_none_changes_nothing(cls):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @tpu.NEEDED
 def test_memory_of_a_tpu_follows_the_table():
   """Compiled for a v5e: the host's share to the byte, the device's in order."""

@@ -353,6 +353,7 @@ def rows(workdir):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_four_processes_are_one(config, tmp_path):
   """One is killed; what four have written goes on in two, and in one on another mesh."""
   spy = tmp_path / 'spy.py'
