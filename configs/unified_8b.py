@@ -7,8 +7,9 @@ in the stream; 512 rows of 4,096 slots a step, two million tokens.
 Model: 8.0 B parameters, all trained; bf16 compute, f32 parameters and moments, split over
 64 chips, rows of the batch over all.
 
-Expect: no score; it was planned, never trained at this size. What a step takes and could
-reach by the compiler's estimates is in tests/plan/pods.json; see docs/planning.md.
+Expect: no score; it was planned, never trained at this size. Modelled, by the compiler's
+estimates, for 256 chips of v5e (the second command): 14.5 GiB a chip, 4.5e10 bytes sent,
+MFU 0.56; see docs/planning.md.
 
 COMMAND: python train.py --config=configs/unified_8b.py --workdir=runs/unified_8b
 What it takes: python -m mmjax.plan --config=configs/unified_8b.py --topology=v5e:16x16
