@@ -64,7 +64,8 @@ def test_a_slow_disk_neither_stalls_nor_loses_anything(run, slow_disk):
   made = dict(saving)
   assert {1, 30} <= set(made) and len(made) < 15
   # None but the last waited for the one before.
-  assert min(seconds for step, seconds in saving if 1 < step < 30) < 0.7
+  waited = [seconds for step, seconds in saving if 1 < step < 30]  # a fast run has none
+  assert min(waited, default=0.0) < 0.7
   assert steps(run.workdir) == sorted(made)
   assert 'that of step 1 is still being written' in said(run)
   assert run(30, 'straight', train=dict(checkpoint_every=30)) == 'done'
