@@ -16,40 +16,24 @@ gradients take, which nobody can do without. Needs jax[tpu]; nothing runs.
 
 import argparse
 import json
-import os
-import re
-import time
 
-for name, value in (
-  ('JAX_PLATFORMS', 'cpu'),
-  ('TPU_SKIP_MDS_QUERY', '1'),
-  ('TPU_WORKER_HOSTNAMES', 'localhost'),
-  ('TPU_ACCELERATOR_TYPE', 'v5litepod-4'),
-  ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),
-  ('TPU_LOG_DIR', 'disabled'),
-):
-  os.environ.setdefault(name, value)
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-from jax.experimental.pallas.ops.tpu.splash_attention import (  # noqa: E402
+import compiled  # before JAX
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_kernel as splash_lib,
 )
-from jax.experimental.pallas.ops.tpu.splash_attention import (  # noqa: E402
+from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_mask as masks,
 )
 
-from mmjax import sharding  # noqa: E402
-from mmjax.batch import KeyTags, QueryTags, visible  # noqa: E402
-from mmjax.ops.attention import attend  # noqa: E402
+from mmjax import sharding
+from mmjax.batch import KeyTags, QueryTags, visible
+from mmjax.ops.attention import attend
 
 TOPOLOGIES = {
-  'v4': ('v4:2x2x1', dict(chip_config_name='megacore')),
-  'v5e': ('v5e:2x2', {}),
-  'v5p': ('v5p:2x2x1', {}),
-  'v6e': ('v6e:2x2', {}),
-}
+  'v4': 'v4:2x2x1', 'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2',
+}  # fmt: skip
 
 
 def ours(implementation):
@@ -86,11 +70,7 @@ WAYS = {
 
 
 def measure(way, T, chip, heads, width):
-  topology, options = TOPOLOGIES[chip]
-  described = topologies.get_topology_desc(
-    platform='tpu', topology_name=topology, **options
-  )
-  mesh = sharding.make_mesh({}, described.devices[:1])
+  mesh = sharding.make_mesh({}, compiled.devices(TOPOLOGIES[chip])[:1])
   place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
   def array(*shape, dtype=jnp.bfloat16):
@@ -105,18 +85,9 @@ def measure(way, T, chip, heads, width):
 
   line = {'way': way, 'T': T, 'chip': chip, 'heads': heads, 'head_dim': width}
   line['arrays_mib'] = round(8 * T * heads * width * 2 / 2**20, 1)
-  began = time.process_time()
   with sharding.use(mesh, sharding.RULES['dp']):
     args = x, x, x, x, QueryTags(tag, tag, tag), KeyTags(tag, tag)
-    try:
-      memory = jax.jit(run).lower(*args).compile().memory_analysis()
-      line['peak_mib'] = round(memory.peak_memory_in_bytes / 2**20, 1)
-    except jax.errors.JaxRuntimeError as error:
-      size = re.search(r'\(?([\d.]+[MGT])\)? (?:of|exceeds)', str(error))
-      line['peak_mib'] = None
-      line['error'] = f'out of memory: {size[1]}' if size else str(error)[:200]
-  line['compile_cpu_seconds'] = round(time.process_time() - began, 1)
-  return line
+    return line | compiled.memory(jax.jit(run), args)
 
 
 def main():

@@ -10,28 +10,15 @@ and gradients included. Needs jax[tpu]; nothing runs.
 
 import argparse
 import json
-import os
-import re
-import time
 
-for name, value in (
-  ('JAX_PLATFORMS', 'cpu'),
-  ('TPU_SKIP_MDS_QUERY', '1'),
-  ('TPU_WORKER_HOSTNAMES', 'localhost'),
-  ('TPU_ACCELERATOR_TYPE', 'v5litepod-4'),
-  ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),
-  ('TPU_LOG_DIR', 'disabled'),
-):
-  os.environ.setdefault(name, value)
+import compiled  # before JAX
+import jax
+import jax.numpy as jnp
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-
-from mmjax import models, sharding  # noqa: E402
-from mmjax.batch import BankBudget, Budget  # noqa: E402
-from mmjax.ops.contrastive import contrastive_loss  # noqa: E402
-from mmjax.train import tasks  # noqa: E402
+from mmjax import models, sharding
+from mmjax.batch import BankBudget, Budget
+from mmjax.ops.contrastive import contrastive_loss
+from mmjax.train import tasks
 
 # Chips and pairs: a global batch of 32,768 on both, and one of 2,048 a chip.
 CASES = (('v5e:4x4', 32_768), ('v5e:16x16', 32_768), ('v5e:16x16', 524_288))
@@ -106,30 +93,21 @@ def whole_model(pairs, mesh, rules):
 
 def measure(topology, pairs, loss, model, embed_dim):
   """The line of one case."""
-  described = topologies.get_topology_desc(platform='tpu', topology_name=topology)
-  chips = len(described.devices)
+  devices = compiled.devices(topology)
+  chips = len(devices)
   sizes = dict(data=chips // 16, fsdp=16)
-  mesh = sharding.make_mesh(sizes, described.devices)
+  mesh = sharding.make_mesh(sizes, devices)
   rules = sharding.rules_for('fsdp')
   line = {
     'what': 'clip_b16' if model else 'loss', 'loss': loss, 'topology': topology,
     'chips': chips, 'pairs': pairs, 'pairs_per_chip': pairs // chips,
   }  # fmt: skip
-  began = time.process_time()
   with sharding.use(mesh, rules):
     if model:
       run, shapes = whole_model(pairs, mesh, rules)
     else:
       run, shapes = loss_alone(loss, pairs, embed_dim, mesh, rules)
-    try:
-      memory = run.lower(*shapes).compile().memory_analysis()
-      line['peak_mib'] = round(memory.peak_memory_in_bytes / 2**20, 1)
-    except jax.errors.JaxRuntimeError as error:
-      size = re.search(r'\(?([\d.]+[MGT])\)? (?:of|exceeds)', str(error))
-      line['peak_mib'] = None
-      line['error'] = f'out of memory: {size[1]}' if size else str(error)[:200]
-  line['compile_cpu_seconds'] = round(time.process_time() - began, 1)
-  return line
+    return line | compiled.memory(run, shapes)
 
 
 def main():

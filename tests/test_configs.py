@@ -65,7 +65,7 @@ def test_says_what_it_is_and_how_to_run_it(file):
   assert 'Expect:' in text
   assert f'COMMAND: python train.py --config=configs/{file.name}' in text
   said = runpy.run_path(str(file))['get_config']()
-  assert len(config._flat(said)) <= 70
+  assert len(config.flat(said)) <= 70
 
 
 def test_there_are_configs():

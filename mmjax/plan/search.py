@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from mmjax.nn.transformer import REMAT
+from mmjax.nn.remat import REMAT
 from mmjax.plan import compile as compile_lib
 from mmjax.plan import topology as topology_lib
 from mmjax.plan.chips import GIB
@@ -58,7 +58,7 @@ class Choice:
 
   def flags(self, config: ConfigDict) -> str:
     """The choice as flags of a command, as far as it differs from the config."""
-    a, b = (config_lib._flat(c) for c in (config, self.apply(config)))
+    a, b = (config_lib.flat(c) for c in (config, self.apply(config)))
     return ' '.join(f'--config.{k}={b[k]}' for k in b if b[k] != a.get(k, 1))
 
 

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.train import processes
+from mmjax.train.optim import by_path
 from mmjax.train.state import TrainState
 
 _log = logging.getLogger('mmjax')
@@ -162,7 +163,9 @@ class Checkpoints:
     if found is None:
       return None
     trees, meta = found
-    leaves = {f'{k}/{p}': x for k, tree in trees.items() for p, x in _flat(tree).items()}
+    leaves = {
+      f'{k}/{p}': x for k, tree in trees.items() for p, x in by_path(tree).items()
+    }
     parts = _rebuild(_split(abstract), leaves)
     state = TrainState(params=parts['params'], ema=parts.get('ema'), **parts['optimizer'])
     return state, meta
@@ -193,12 +196,12 @@ class Checkpoints:
     if not steps or step not in (None, *steps):
       what = 'no checkpoint' if step is None else f'no checkpoint of step {step}'
       raise CheckpointError(f'{what} in {self.directory} (there are: {steps})')
-    wanted = _flat(params)
+    wanted = by_path(params)
     names = dict(zip(wanted, wanted))  # by our path, that of the checkpoint
 
     def items(shapes):
       nonlocal names
-      stored = _flat(shapes['params'])
+      stored = by_path(shapes['params'])
       inside = part and any(path.startswith(f'{part}/') for path in stored)
       names = {path: f'{part}/{path}' if inside else path for path in wanted}
       needed = {names[path]: x for path, x in wanted.items()}
@@ -210,12 +213,12 @@ class Checkpoints:
       ]
       if spare:  # read as well, and dropped
         needed |= _whole({path: stored[path] for path in spare}, params)
-      averaged = _flat(shapes.get('ema', {}))
+      averaged = by_path(shapes.get('ema', {}))
       means = {path: x for path, x in needed.items() if path in averaged}
       return {'params': _nested(needed)} | ({'ema': _nested(means)} if means else {})
 
     trees, meta = self._newest(steps if step is None else [step], items)
-    leaves = _flat(trees['params']) | _flat(trees.get('ema', {}))
+    leaves = by_path(trees['params']) | by_path(trees.get('ema', {}))
     return _rebuild(params, {path: leaves[names[path]] for path in wanted}), meta
 
   def _newest(self, steps, wanted, accept=lambda meta: None):
@@ -324,7 +327,7 @@ class _Keep:
 
 def differences(wanted: Any, stored: Any) -> str:
   """How two trees differ: missing and extra keys, other shapes or dtypes; '' = not."""
-  want, have = _flat(wanted), _flat(stored)
+  want, have = by_path(wanted), by_path(stored)
 
   def kind(x):
     return f'{np.dtype(x.dtype).name}[{",".join(map(str, x.shape))}]'
@@ -343,7 +346,7 @@ def differences(wanted: Any, stored: Any) -> str:
 
 def fingerprints(trees: Any) -> dict[str, int]:
   """A number per array, by path; the same on every mesh. See the top of the file."""
-  flat = _flat(trees)
+  flat = by_path(trees)
   return {k: int(v) for k, v in jax.device_get(_fingerprints(flat)).items()}
 
 
@@ -378,15 +381,7 @@ def _split(state: TrainState) -> dict[str, Any]:
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-  return {name: _nested(_flat(tree)) for name, tree in _split(state).items()}
-
-
-def _flat(tree: Any) -> dict[str, Any]:
-  """{'a/b': leaf}; the same for a tree of any containers and for nested dicts."""
-  return {
-    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }
+  return {name: _nested(by_path(tree)) for name, tree in _split(state).items()}
 
 
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:
@@ -395,7 +390,7 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
 
 def _rebuild(tree: Any, flat: dict[str, Any]) -> Any:
   """The tree with its leaves taken from `flat` by path."""
-  return jax.tree.unflatten(jax.tree.structure(tree), [flat[p] for p in _flat(tree)])
+  return jax.tree.unflatten(jax.tree.structure(tree), [flat[p] for p in by_path(tree)])
 
 
 def _whole(flat, params):

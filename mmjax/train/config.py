@@ -200,7 +200,7 @@ def _merge(into: ConfigDict, given: Any, prefix: str) -> None:
 
 def near_key(path: str, config: ConfigDict) -> str:
   """The closest right key, for an error: by the whole path, or by its last word."""
-  paths = _flat(config)
+  paths = flat(config)
   sections = {p.rpartition('.')[0] for p in paths} - {''}
   words = {p.rpartition('.')[2]: p for p in paths}
   section, _, word = path.rpartition('.')
@@ -302,21 +302,21 @@ def check(config: ConfigDict) -> None:
     ('train.contrastive.loss', contrastive.LOSSES),
     ('model.name', _models()),
   ):
-    name = _flat(config)[path]
+    name = flat(config)[path]
     if name not in table:
       raise ValueError(f'config.{path} = {name!r}{closest(name, table)}')
   for path in ('data.path', 'data.source'):
     # What is evaluated is in `data.path`, also beside a mixture.
     needed = not config.data.mixture or (path == 'data.path' and config.eval)
-    if needed and _flat(config)[path] is None:
+    if needed and flat(config)[path] is None:
       raise ValueError(f'config.{path} is not set')
   _check_mixture(config.data.mixture)
   for path in (
     'train.steps', 'train.accumulate', 'train.log_every', 'train.checkpoint_every',
     'train.keep', 'train.max_skipped', 'data.rows',
   ):  # fmt: skip
-    if _flat(config)[path] < 1:
-      raise ValueError(f'config.{path} = {_flat(config)[path]}: must be at least 1')
+    if flat(config)[path] < 1:
+      raise ValueError(f'config.{path} = {flat(config)[path]}: must be at least 1')
   if config.data.rows % config.train.accumulate:
     raise ValueError(
       f'config.train.accumulate = {config.train.accumulate} does not divide'
@@ -349,12 +349,13 @@ def _models():
   return MODELS
 
 
-def _flat(config: ConfigDict, prefix: str = '') -> dict[str, Any]:
+def flat(config: ConfigDict, prefix: str = '') -> dict[str, Any]:
+  """{'a.b': value} of every key."""
   out = {}
   for key in config:
     value = config[key]
     if isinstance(value, ConfigDict):
-      out |= _flat(value, f'{prefix}{key}.')
+      out |= flat(value, f'{prefix}{key}.')
     else:
       out[prefix + key] = value
   return out
@@ -381,7 +382,7 @@ def refuse_changes(old: ConfigDict, new: ConfigDict) -> list[str]:
   Raises:
     ValueError: a key differs that would change the run.
   """
-  a, b = (_flat(ConfigDict(json.loads(to_json(c)))) for c in (old, new))
+  a, b = (flat(ConfigDict(json.loads(to_json(c)))) for c in (old, new))
   missing = object()
   differ = [k for k in sorted(a | b) if a.get(k, missing) != b.get(k, missing)]
   schedule = new.optim.schedule

@@ -7,6 +7,7 @@ config.data.mixture.<name>.path      several, as shares of one; `data.path` is t
 Where `config.data.shots` says so, each document comes behind others: `data.fewshot`.
 """
 
+import contextlib
 import logging
 from typing import Any
 
@@ -17,6 +18,7 @@ from mmjax.train import build
 from mmjax.train import config as config_lib
 
 _log = logging.getLogger('mmjax')
+_SHOWN = 16  # documents in a line
 
 
 def prepare(config: ConfigDict, devices=None) -> None:
@@ -116,6 +118,24 @@ def refuse_others(config: ConfigDict, dataset: Any, plan: Any, meta: Any) -> Non
       f' {meta["data_position"]}, the checkpoint says {then}; put that data back or use'
       ' another --workdir'
     )
+
+
+def ids(config: ConfigDict, plan: Any, index: int) -> list[int]:
+  """The numbers of the documents of batch `index`, from 0 on, in order."""
+  rows = range(index * config.data.rows, (index + 1) * config.data.rows)
+  return [int(i) for row in rows for i in plan.row(row)]
+
+
+def named(dataset: Any, numbers: list[int]) -> str:
+  """Documents by their ids, for a line that people read; of many the first."""
+
+  def name(i):
+    with contextlib.suppress(ValueError):  # one that can't be read
+      return dataset[i].id or f'#{i}'
+    return f'#{i}'
+
+  more = f' and {len(numbers) - _SHOWN} more' if len(numbers) > _SHOWN else ''
+  return ', '.join(map(name, numbers[:_SHOWN])) + more
 
 
 def where(config: ConfigDict) -> str:

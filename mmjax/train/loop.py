@@ -258,9 +258,10 @@ class _Run:
       line = self.window.flush(processes.gather)
       self.log.write(done, {**line, 'train/goodput': self.progress.goodput()})
     if in_a_row >= self.config.train.max_skipped:
+      named = datasets.named(self.dataset, self._ids(done - 1))
       raise RunStopped(
         f'{in_a_row} updates in a row were not finite, steps {done - in_a_row + 1} to'
-        f' {done}; documents of step {done}: {self._documents(done - 1)}'
+        f' {done}; documents of step {done}: {named}'
       )
 
   def _keep_spike(self, done, reason, metrics, rows):
@@ -276,14 +277,7 @@ class _Run:
       _log.warning('step %d: %s; kept in %s', done, reason, self.workdir / 'spikes')
 
   def _ids(self, step) -> list[int]:
-    """The numbers of the documents of a batch, in order."""
-    rows = range(step * self.config.data.rows, (step + 1) * self.config.data.rows)
-    return [int(i) for r in rows for i in self.plan.row(r)]
-
-  def _documents(self, step) -> str:
-    ids = self._ids(step)
-    shown = ', '.join(self.dataset[i].id or f'#{i}' for i in ids[:16])
-    return shown + (f' and {len(ids) - 16} more' if len(ids) > 16 else '')
+    return datasets.ids(self.config, self.plan, step)
 
   def _save(self, done, wait):
     """Starts to write a checkpoint; left out if the last one isn't written soon.

@@ -329,11 +329,16 @@ def _is_spec(x) -> bool:
   return isinstance(x, PartitionSpec)
 
 
+def by_path(tree: Any) -> dict[str, Any]:
+  """{'a/b': leaf}; the same for a tree of any containers and for nested dicts."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
 def paths(tree: Any) -> list[str]:
-  return [
-    jax.tree_util.keystr(path, simple=True, separator='/')
-    for path, _ in jax.tree_util.tree_leaves_with_path(tree)
-  ]
+  return list(by_path(tree))
 
 
 def match(params: Any, patterns: Sequence[str], what: str) -> Any:

@@ -32,6 +32,7 @@ from mmjax.train import begin, build, cache, datasets, spikes
 from mmjax.train import config as config_lib
 from mmjax.train import step as step_lib
 from mmjax.train.checkpoint import Checkpoints
+from mmjax.train.optim import by_path
 
 _SHOWN = 16
 
@@ -106,7 +107,8 @@ def replay(
   say(f'gradient norm {metrics["grad_norm"]:.6g}, of that')
   for line in lines:
     say(line)
-  say(f'documents: {_documents(config, dataset, pipeline, step - 1)}')
+  ids = datasets.ids(config, pipeline.plan, step - 1)
+  say(f'documents: {datasets.named(dataset, ids)}')
   return metrics
 
 
@@ -154,7 +156,7 @@ def _look(config, parts, state, batch, placed):
 
   norms, bad, sums = jax.device_get(look(state, placed))
   lines = [f'  {k}  {float(v):.6g}' for k, v in norms.items()]
-  values = {k: np.any(~np.isfinite(x)) for k, x in _paths(batch).items() if _float(x)}
+  values = {k: np.any(~np.isfinite(x)) for k, x in by_path(batch).items() if _float(x)}
   found = [
     ('parameters', bad['parameters']), ('values of the batch', values),
     ('sums of the loss', {k: not np.isfinite(v) for k, v in sums.items()}),
@@ -198,30 +200,12 @@ def _modules(tree):
   return out
 
 
-def _paths(tree):
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(p, simple=True, separator='/'): x for p, x in leaves}
-
-
 def _bad(tree):
-  return {k: jnp.any(~jnp.isfinite(x)) for k, x in _paths(tree).items() if _float(x)}
+  return {k: jnp.any(~jnp.isfinite(x)) for k, x in by_path(tree).items() if _float(x)}
 
 
 def _float(x):
   return jnp.issubdtype(x.dtype, jnp.floating)
-
-
-def _documents(config, dataset, pipeline, index):
-  rows = range(index * config.data.rows, (index + 1) * config.data.rows)
-  ids = [int(i) for row in rows for i in pipeline.plan.row(row)]
-
-  def name(i):
-    with contextlib.suppress(ValueError):  # one that can't be read
-      return dataset[i].id or f'#{i}'
-    return f'#{i}'
-
-  more = f' and {len(ids) - _SHOWN} more' if len(ids) > _SHOWN else ''
-  return ', '.join(map(name, ids[:_SHOWN])) + more
 
 
 def main(argv: list[str]) -> None:

@@ -22,6 +22,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from mmjax.train.optim import by_path
+
 _log = logging.getLogger('mmjax')
 _WINDOW, _FEW = 100, 20  # losses that are compared with, and without which nothing is
 _SMALLEST = 0.01  # of the median: less than that is no deviation
@@ -71,7 +73,7 @@ class Spikes:
     try:
       folder.mkdir(parents=True, exist_ok=True)
       # Processes that load the same rows write the same file.
-      _write(folder / _rows(*block), lambda file: np.savez(file, **_flat(batch)))
+      _write(folder / _rows(*block), lambda file: np.savez(file, **by_path(batch)))
       if jax.process_index() == 0:
         text = json.dumps({'step': step, 'blocks': block[1], **about}, indent=2)
         _write(folder / 'about.json', lambda file: file.write(text.encode()))
@@ -103,17 +105,12 @@ def load(folder: pathlib.Path, about: dict[str, Any], like: Any) -> Any:
       raise ValueError(f'{path} is missing')
     with np.load(path, allow_pickle=False) as file:
       blocks.append({name: file[name] for name in file.files})
-  want = _flat(like)
+  want = by_path(like)
   have = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
   kinds = [{k: (x.shape[1:], x.dtype) for k, x in flat.items()} for flat in (have, want)]
   if kinds[0] != kinds[1]:
     raise ValueError(f'the batch in {folder / str(about["step"])} is of another budget')
   return jax.tree.unflatten(jax.tree.structure(like), [have[name] for name in want])
-
-
-def _flat(batch):
-  leaves = jax.tree_util.tree_leaves_with_path(batch)
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): x for path, x in leaves}
 
 
 def _rows(block, blocks):

@@ -1,10 +1,9 @@
 """The attention kernel compiles for every TPU, none of which is here."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 import pytest
+import tpu
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -12,39 +11,15 @@ from mmjax import sharding
 from mmjax.batch import KeyTags, QueryTags
 from mmjax.ops.attention import attend, partial_attend, takes_kernel
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, tpu.NEEDED]
 
-TOPOLOGIES = {
-  'v4': ('v4:2x2x1', dict(chip_config_name='megacore')),
-  'v5e': ('v5e:2x2', {}),
-  'v5p': ('v5p:2x2x1', {}),
-  'v6e': ('v6e:2x2', {}),
-  'tpu7x': ('tpu7x:2x2x1', {}),
-}
+TOPOLOGIES = ('v4:2x2x1', 'v5e:2x2', 'v5p:2x2x1', 'v6e:2x2', 'tpu7x:2x2x1')
 
 
-@pytest.fixture(scope='module')
-def mesh_of():
-  """From a chip's name to a mesh {data: 2, tensor: 2 or 4}, of devices not here."""
-  pytest.importorskip('libtpu', reason='compiles with libtpu, of jax[tpu]')
-  from jax.experimental import topologies
-
-  for name, value in (
-    ('TPU_WORKER_HOSTNAMES', 'localhost'),
-    ('TPU_ACCELERATOR_TYPE', 'v5litepod-4'),
-    ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),
-    ('TPU_LOG_DIR', 'disabled'),
-  ):
-    os.environ.setdefault(name, value)
-
-  def make(chip):
-    name, options = TOPOLOGIES[chip]
-    devices = topologies.get_topology_desc(
-      platform='tpu', topology_name=name, **options
-    ).devices
-    return sharding.make_mesh({'data': 2, 'tensor': -1}, devices)
-
-  return make
+def mesh_of(chip):
+  """A mesh {data: 2, tensor: 2 or 4} of devices that aren't here."""
+  (name,) = (t for t in TOPOLOGIES if t.startswith(f'{chip}:'))
+  return sharding.make_mesh({'data': 2, 'tensor': -1}, tpu.devices(name))
 
 
 def shapes(mesh, T, S, N, K, H, dtype=jnp.bfloat16, until=True):
@@ -95,7 +70,7 @@ CASES = {  # chip: T, S, query heads, key heads, width, options of `shapes`, sof
 
 
 @pytest.mark.parametrize('chip', CASES)
-def test_compiles(chip, mesh_of):
+def test_compiles(chip):
   *sizes, options, cap = CASES[chip]
   mesh = mesh_of(chip)
   with sharding.use(mesh, sharding.RULES['fsdp+tensor']):
@@ -112,7 +87,7 @@ def test_compiles(chip, mesh_of):
   assert 0.99 < flops / (18 * pairs * H) < 1.4 * size
 
 
-def test_memory_is_linear_and_one_device_needs_no_shard_map(mesh_of):
+def test_memory_is_linear_and_one_device_needs_no_shard_map():
   mesh = sharding.make_mesh({}, mesh_of('v5e').devices.reshape(-1)[:1])
 
   def peak(T):
@@ -125,7 +100,7 @@ def test_memory_is_linear_and_one_device_needs_no_shard_map(mesh_of):
   assert peak(8192) < 2.2 * peak(4096)
 
 
-def test_one_function_traced_for_two_kinds_of_devices(mesh_of):
+def test_one_function_traced_for_two_kinds_of_devices():
   run = jax.jit(lambda *x: attend(*x))
   found = []
   for mesh in (sharding.make_mesh({}, jax.devices()[:1]), mesh_of('v5e')):

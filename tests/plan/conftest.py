@@ -5,6 +5,7 @@ import importlib.util
 import jax
 import numpy as np
 import pytest
+from tpu import optimised
 
 from mmjax.plan import topology
 
@@ -24,7 +25,5 @@ def tpu():
     return found.chip, jax.sharding.Mesh(devices, tuple(axes))
 
   # The other tests' switch for quick compiles would change what is read here.
-  quick = jax.config.values['jax_disable_most_optimizations']
-  jax.config.update('jax_disable_most_optimizations', False)
-  yield make
-  jax.config.update('jax_disable_most_optimizations', quick)
+  with optimised():
+    yield make
