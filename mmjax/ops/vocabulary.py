@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from mmjax.ops.linear import linear
 from mmjax.shape import check
-from mmjax.sharding import constrain, parts
+from mmjax.sharding import constrain, device, parts
 
 LIMIT = 2**28  # bytes of f32 logits that a device holds at one time
 
@@ -238,6 +238,10 @@ class _Part:
   def to_kernel(self, d):
     # In the kernel's precision, so that this is what devices send each other.
     dtype = max(self.dtype, self.hidden.dtype, key=lambda dtype: dtype.itemsize)
+    if device()[0] == 'cpu':
+      # In the order below XLA has no f32 product of bf16 for CPUs without AMX.
+      out = self._einsum('XQV', d, 'XD', self.hidden, 'QVD', dtype)
+      return jnp.moveaxis(out, -1, 0)
     return self._einsum('XD', self.hidden, 'XQV', d, 'DQV', dtype)
 
   def _einsum(self, a, x, b, y, out, dtype):

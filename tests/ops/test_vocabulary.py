@@ -1,7 +1,11 @@
 """Blocks of words, on one device or many, give what all logits at once would give."""
 
 import functools
+import os
 import re
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -203,6 +207,35 @@ def test_refuses_words_that_do_not_divide():
     pytest.raises(ValueError, match='321 words do not divide over 2 devices'),
   ):
     log_probs(hidden, head, tokens)
+
+
+def test_narrow_places_and_wide_kernels_on_older_cpus():
+  """XLA lacks some products of bfloat16 for CPUs that have no instructions for them."""
+  program = """
+    import jax, jax.numpy as jnp
+    from mmjax.ops.vocabulary import Head, log_probs
+
+    def loss(hidden, kernel):
+      head = Head((kernel,), (('embed', 'vocab'),), None)
+      made = log_probs(hidden, head, jnp.zeros((8, 3), jnp.int32), limit=4 * 24 * 16)
+      return jnp.mean(made.log_z - made.right)
+
+    made = {}
+    for dtype in (jnp.bfloat16, jnp.float32):
+      hidden, kernel = jnp.ones((8, 3, 6), dtype), jnp.ones((6, 40), jnp.float32)
+      made[dtype] = jax.device_get(jax.jit(jax.grad(loss, (0, 1)))(hidden, kernel))
+    narrow, wide = made.values()
+    assert narrow[1].dtype == jnp.float32 and abs(wide[1]).max() > 0.01
+    assert abs(narrow[1] - wide[1]).max() < 0.01 * abs(wide[1]).max()
+  """
+  flags = '--xla_cpu_max_isa=AVX2'
+  done = subprocess.run(
+    [sys.executable, '-c', textwrap.dedent(program)],
+    env={**os.environ, 'XLA_FLAGS': flags},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr[-500:]
 
 
 def test_the_limit_is_stated():
