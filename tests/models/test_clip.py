@@ -2,11 +2,11 @@
 
 import functools
 
+import bridge
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from fusions import on_mesh
 
 from mmjax import models
@@ -125,8 +125,6 @@ def test_eight_devices_equal_one(kind, mesh):
 @pytest.mark.parametrize('kind', ['clip', pytest.param('siglip', marks=pytest.mark.slow)])
 def test_bridges_to_nnx(kind):
   made, model = batch([0, 1], [2]), KINDS[kind]
-  bridged = nnx.bridge.lazy_init(nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0)), made)
-  state = nnx.to_pure_dict(nnx.state(bridged, nnx.Param))
+  state, got, want = bridge.both(model, made)
   assert jax.tree.structure(state) == jax.tree.structure(params(kind))
-  got, want = bridged(made), run(kind, state, made)
   jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=2e-6), got, want)

@@ -2,10 +2,10 @@
 
 import functools
 
+import bridge
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from wide import float64, largest_error, widen
 
 from mmjax import models, sharding
@@ -231,10 +231,8 @@ def named(loss, found):
 @pytest.mark.slow
 def test_bridges_to_nnx():
   packed = batch([document(0), document(1)])
-  bridged = nnx.bridge.lazy_init(nnx.bridge.ToNNX(MODEL, rngs=nnx.Rngs(0)), packed)
-  state = nnx.to_pure_dict(nnx.state(bridged, nnx.Param))
-  assert jax.tree.structure(state) == jax.tree.structure(params(MODEL))
-  got, want = bridged(packed), run(MODEL, state, packed)
+  made, got, want = bridge.both(MODEL, packed)
+  assert jax.tree.structure(made) == jax.tree.structure(params(MODEL))
   jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-6), got, want)
 
 

@@ -1,9 +1,9 @@
 import functools
 
+import bridge
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from mmjax import models
 from mmjax.batch import PLACEHOLDER, Budget
@@ -124,11 +124,9 @@ def test_gpt2_with_a_cache_is_itself():
 
 def test_bridges_to_nnx():
   batch = pack([A])
-  bridged = nnx.bridge.lazy_init(nnx.bridge.ToNNX(ENCODER, rngs=nnx.Rngs(0)), batch)
-  state = nnx.to_pure_dict(nnx.state(bridged, nnx.Param))
-  assert jax.tree.structure(state) == jax.tree.structure(params(ENCODER))
-  want = ENCODER.apply({'params': state}, batch)
-  np.testing.assert_allclose(bridged(batch), want, atol=1e-6)
+  made, got, want = bridge.both(ENCODER, batch)
+  assert jax.tree.structure(made) == jax.tree.structure(params(ENCODER))
+  np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 def test_published_sizes():

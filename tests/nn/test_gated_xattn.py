@@ -1,11 +1,11 @@
 import functools
 
+import bridge
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from documents import pack
-from flax import nnx
 
 from mmjax import sharding
 from mmjax.batch import KeyTags, QueryTags, visible
@@ -137,12 +137,9 @@ def test_every_parameter_has_names():
 
 
 def test_bridges_to_nnx():
-  bridged = nnx.bridge.ToNNX(MODULE.clone(gate_init=0.5), rngs=nnx.Rngs(0))
-  bridged = nnx.bridge.lazy_init(bridged, *inputs(True))
-  made = nnx.to_pure_dict(nnx.state(bridged, nnx.Param))
+  made, got, want = bridge.both(MODULE.clone(gate_init=0.5), *inputs(True))
   assert float(made['mlp_gate']) == 0.5
-  want = MODULE.apply({'params': made}, *inputs(True))
-  np.testing.assert_allclose(bridged(*inputs(True)), want, atol=1e-6)
+  np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 def test_refuses():

@@ -1,11 +1,11 @@
 import dataclasses
 import functools
 
+import bridge
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from mmjax import sharding
 from mmjax.batch import Bank
@@ -232,11 +232,9 @@ def test_every_parameter_has_names():
 @pytest.mark.parametrize('pool', ['class', 'map'])
 def test_bridges_to_nnx(pool):
   model = Vit(**FIELDS, pool=pool)
-  bridged = nnx.bridge.lazy_init(nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0)), bank())
-  made = nnx.to_pure_dict(nnx.state(bridged, nnx.Param))
-  want = model.apply({'params': made}, bank())
-  np.testing.assert_allclose(bridged(bank()).pooled, want.pooled, atol=2e-6)
-  np.testing.assert_allclose(bridged(bank()).values, want.values, atol=2e-6)
+  _, got, want = bridge.both(model, bank())
+  np.testing.assert_allclose(got.pooled, want.pooled, atol=2e-6)
+  np.testing.assert_allclose(got.values, want.values, atol=2e-6)
 
 
 def test_class_tokens_are_given_behind_the_patches():

@@ -289,7 +289,11 @@ def test_a_run_goes_on_in_one_process_or_in_two(config, two, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ('number', 'who', 'code'), [(signal.SIGTERM, 1, 75), (signal.SIGINT, 0, 0)]
+  ('number', 'who', 'code'),
+  [
+    (signal.SIGTERM, 1, 75),
+    pytest.param(signal.SIGINT, 0, 0, marks=pytest.mark.long),
+  ],
 )
 def test_a_signal_to_one_stops_both_at_one_step(config, two, tmp_path, number, who, code):
   workdir = tmp_path / 'run'
@@ -306,7 +310,7 @@ def test_a_signal_to_one_stops_both_at_one_step(config, two, tmp_path, number, w
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('who', [0, 1])
+@pytest.mark.parametrize('who', [0, pytest.param(1, marks=pytest.mark.long)])
 def test_kill_9_of_one_ends_the_other_and_loses_little(config, two, tmp_path, who):
   workdir = tmp_path / 'run'
   running = start_two(config, workdir)
