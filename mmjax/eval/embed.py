@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mmjax import sharding
 from mmjax.batch import BankBudget, Budget
-from mmjax.data import pack
+from mmjax.data import media, pack
 from mmjax.data.document import BadDocument, Document, Image, Text
 from mmjax.data.example import Example, to_example
 
@@ -114,3 +114,58 @@ class Embedder:
         if len(running) > 2:  # pack the next while this one runs, but hold few
           done.append(np.asarray(running.popleft()))
     return np.concatenate([*done, *map(np.asarray, running)])[: len(examples)]
+
+
+@dataclasses.dataclass(eq=False)
+class EmbeddingEvaluator:
+  """What retrieval and zero-shot classification have in common.
+
+  Fields:
+    dataset: `[i] -> Document`, `len`, `.tokenizer`.
+    model, mesh, rules, media_rules: as in training.
+    rows: rows of a batch over all processes; must divide over the mesh.
+    every: steps between evaluations in training; 0 = only at the end.
+    limit: how many documents a scheduled evaluation takes; None = all.
+  """
+
+  dataset: Any
+  model: Any
+  mesh: Mesh
+  rules: sharding.Rules
+  media_rules: Mapping[str, Any]
+  image_attention: str = 'block'
+  rows: int = 128
+  every: int = 0
+  limit: int | None = None
+
+  NAME: ClassVar[str]  # in the config's `eval`
+
+  def __post_init__(self):
+    for name in ('rows', 'limit'):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise ValueError(f'eval.{self.NAME}.{name} = {value}; it must be positive')
+    self.embedder = Embedder(
+      self.model, self.mesh, self.rules, self.media_rules, self.dataset.tokenizer,
+      self.rows,
+    )  # fmt: skip
+
+  def pictures(self, index: int) -> list[np.ndarray]:
+    """The first image u8[H, W, 3] of a document, as stored."""
+    spans = self.dataset[index].spans
+    return [media.pixels(s) for s in spans if isinstance(s, Image)][:1]
+
+  def prepare(self, index: int) -> Any:
+    """What of document `index` is embedded and told of; may raise BadDocument."""
+    raise NotImplementedError
+
+  @functools.cached_property
+  def prepared(self) -> tuple[list[Any], collections.Counter]:
+    """Of all documents, and the bad ones by reason; made once."""
+    found, bad = [], collections.Counter()
+    for index in range(len(self.dataset)):
+      try:
+        found.append(self.prepare(index))
+      except BadDocument as error:
+        bad[error.reason] += 1
+    return found, bad

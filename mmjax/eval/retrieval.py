@@ -8,21 +8,16 @@ Beside it stands chance, k / pairs. A pair is a document's first image and its t
 `languages`, also its names in those from its meta.
 """
 
-import collections
 import dataclasses
-import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
-from mmjax import sharding
-from mmjax.data import media
-from mmjax.data.document import BadDocument, Image, Text
+from mmjax.data.document import Text
 from mmjax.eval import prompts
-from mmjax.eval.embed import Embedder
+from mmjax.eval.embed import EmbeddingEvaluator
 from mmjax.eval.ranking import Ranking, ranks, words
 from mmjax.names import closest
 
@@ -30,42 +25,23 @@ TASKS = ('image to text', 'text to image')
 
 
 @dataclasses.dataclass(eq=False)
-class Retrieval:
+class Retrieval(EmbeddingEvaluator):
   """Evaluates a model that embeds images and texts.
 
-  Fields:
-    dataset: `[i] -> Document`, `len`, `.tokenizer`.
-    model, mesh, rules, media_rules: as in training.
-    rows: rows of a batch over all processes; must divide over the mesh.
-    every: steps between evaluations in training; 0 = only at the end.
-    limit: how many pairs a scheduled evaluation takes; None = all.
+  Fields, beside those of all (`EmbeddingEvaluator`):
     at: the k of R@k.
     languages: names of languages, or 'all'; the text is meta['name/<language>'].
   """
 
-  dataset: Any
-  model: Any
-  mesh: Mesh
-  rules: sharding.Rules
-  media_rules: Mapping[str, Any]
-  image_attention: str = 'block'
-  rows: int = 128
-  every: int = 0
-  limit: int | None = None
   at: Sequence[int] = (1, 5, 10)
   languages: Sequence[str] | str = ()
 
+  NAME = 'retrieval'
+
   def __post_init__(self):
-    for name in ('rows', 'limit'):
-      value = getattr(self, name)
-      if value is not None and value < 1:
-        raise ValueError(f'eval.retrieval.{name} = {value}; it must be positive')
+    super().__post_init__()
     if not self.at or min(self.at) < 1:
       raise ValueError(f'eval.retrieval.at = {self.at}; ranks count from 1')
-    self._embedder = Embedder(
-      self.model, self.mesh, self.rules, self.media_rules, self.dataset.tokenizer,
-      self.rows,
-    )  # fmt: skip
 
   def run(self, params: Any, step: int = 0, *, full: bool = False) -> Ranking:
     """Ranks all pairs both ways.
@@ -80,21 +56,21 @@ class Retrieval:
         rows don't divide over the mesh.
     """
     start = time.perf_counter()
-    pairs, bad = self._prepared
+    pairs, bad = self.prepared
     if not pairs:
       raise ValueError(
         f'evaluation at step {step}: no pair in {len(self.dataset)} documents'
         f' (bad: {dict(bad) or "none"})'
       )
     chosen = [pairs[i] for i in prompts.spread(len(pairs), None if full else self.limit)]
-    images = self._embedder.images(params, [p.image for p in chosen])
+    images = self.embedder.images(params, [p.image for p in chosen])
     found, table = {}, [('', 'pairs', *(f'R@{k}' for k in self.at), 'median rank')]
     predictions = []
     for language in ('', *self._languages):
       have = [i for i, p in enumerate(chosen) if language in p.texts]
       if not have:
         continue
-      texts = self._embedder.texts(params, [chosen[i].texts[language] for i in have])
+      texts = self.embedder.texts(params, [chosen[i].texts[language] for i in have])
       both = images[have], texts
       for task, (queries, candidates) in zip(TASKS, (both, both[::-1])):
         r = ranks(queries, candidates, np.arange(len(have)))
@@ -118,11 +94,6 @@ class Retrieval:
       found['retrieval/bad_documents'] = float(sum(bad.values()))
     return Ranking(found, predictions, self._headline(found), table, self.pictures)
 
-  def pictures(self, index: int) -> list[np.ndarray]:
-    """The first image u8[H, W, 3] of a document, as stored."""
-    spans = self.dataset[index].spans
-    return [media.pixels(s) for s in spans if isinstance(s, Image)][:1]
-
   def _headline(self, found) -> str:
     k = self.at[0]
     shares = [found[f'retrieval/{t.replace(" ", "_")}/r{k}'] for t in TASKS]
@@ -144,16 +115,14 @@ class Retrieval:
         'query': None if to_text else pair.text,
         'right': pair.text,
         'rank': float(r.rank[i]),
-        'correct': r.rank[i] == 1,
+        'correct': bool(r.rank[i] == 1),
         'top': [[None if to_text else p.index, p.text] for p in top],
       })  # fmt: skip
-    for record in records:
-      record['correct'] = bool(record['correct'])
     return records
 
   @property
   def _languages(self) -> list[str]:
-    pairs, _ = self._prepared
+    pairs, _ = self.prepared
     have = sorted({language for p in pairs for language in p.texts} - {''})
     if self.languages == 'all':
       return have
@@ -164,19 +133,8 @@ class Retrieval:
         )
     return list(self.languages)
 
-  @functools.cached_property
-  def _prepared(self) -> tuple[list['_Pair'], collections.Counter]:
-    """The pairs, and bad documents by reason; made once."""
-    pairs, bad = [], collections.Counter()
-    for index in range(len(self.dataset)):
-      try:
-        pairs.append(self._pair(index))
-      except BadDocument as error:
-        bad[error.reason] += 1
-    return pairs, bad
-
-  def _pair(self, index: int) -> '_Pair':
-    document, embedder = self.dataset[index], self._embedder
+  def prepare(self, index: int) -> '_Pair':
+    document, embedder = self.dataset[index], self.embedder
     texts = [span.text for span in document.spans if isinstance(span, Text)]
     examples = {'': embedder.text_example(*texts)}
     if self.languages:

@@ -10,61 +10,42 @@ meta['label'].
 
 import collections
 import dataclasses
-import functools
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
-from mmjax import sharding
-from mmjax.data import media
-from mmjax.data.document import BadDocument, Image
+from mmjax.data.document import BadDocument
+from mmjax.data.example import Example
 from mmjax.eval import prompts
-from mmjax.eval.embed import Embedder
+from mmjax.eval.embed import EmbeddingEvaluator
 from mmjax.eval.ranking import Ranking, ranks, words
 
 
 @dataclasses.dataclass(eq=False)
-class ZeroShot:
+class ZeroShot(EmbeddingEvaluator):
   """Evaluates a model that embeds images and texts.
 
-  Fields:
-    dataset, model, mesh, rules, media_rules, rows, every, limit: as of
-      `eval.retrieval.Retrieval`; limit is of images.
+  Fields, beside those of all (`EmbeddingEvaluator`):
     templates: texts with '{}' where the class stands.
     label: which meta holds the class.
     classes: from a label to its words; None = the labels are the words.
   """
 
-  dataset: Any
-  model: Any
-  mesh: Mesh
-  rules: sharding.Rules
-  media_rules: Mapping[str, Any]
-  image_attention: str = 'block'
-  rows: int = 128
-  every: int = 0
-  limit: int | None = None
   templates: Sequence[str] = ('{}',)
   label: str = 'label'
   classes: Mapping[str, str] | None = None
 
+  NAME = 'zeroshot'
+
   def __post_init__(self):
-    for name in ('rows', 'limit'):
-      value = getattr(self, name)
-      if value is not None and value < 1:
-        raise ValueError(f'eval.zeroshot.{name} = {value}; it must be positive')
+    super().__post_init__()
     for template in self.templates:
       if template.count('{}') != 1:
         raise ValueError(f"eval.zeroshot.templates: {template!r} needs one '{{}}'")
     if not self.templates:
       raise ValueError('eval.zeroshot.templates is empty')
-    self._embedder = Embedder(
-      self.model, self.mesh, self.rules, self.media_rules, self.dataset.tokenizer,
-      self.rows,
-    )  # fmt: skip
 
   def run(self, params: Any, step: int = 0, *, full: bool = False) -> Ranking:
     """Classifies the images.
@@ -79,7 +60,7 @@ class ZeroShot:
         the mesh.
     """
     start = time.perf_counter()
-    images, bad = self._prepared
+    images, bad = self.prepared
     if not images:
       raise ValueError(
         f'evaluation at step {step}: no image with meta {self.label!r} in'
@@ -91,7 +72,7 @@ class ZeroShot:
       images[i] for i in prompts.spread(len(images), None if full else self.limit)
     ]
     where = np.array([right[label] for *_, label in chosen])
-    embedded = self._embedder.images(params, [example for _, _, example, _ in chosen])
+    embedded = self.embedder.images(params, [example for _, _, example, _ in chosen])
     r = ranks(embedded, self.class_embeddings(params, labels), where)
     counts = collections.Counter(where.tolist())
     by_class = [float(np.mean(r.rank[where == c] == 1)) for c in sorted(counts)]
@@ -136,31 +117,18 @@ class ZeroShot:
   def class_embeddings(self, params: Any, labels: Sequence[str]) -> np.ndarray:
     """f32[classes, E] of length 1: the mean over the templates."""
     texts = [t.format(self._words(label)) for label in labels for t in self.templates]
-    examples = [self._embedder.text_example(text) for text in texts]
-    each = self._embedder.texts(params, examples)
+    examples = [self.embedder.text_example(text) for text in texts]
+    each = self.embedder.texts(params, examples)
     mean = each.reshape(len(labels), len(self.templates), -1).mean(1)
     return mean / np.maximum(np.linalg.norm(mean, axis=-1, keepdims=True), 1e-6)
-
-  def pictures(self, index: int) -> list[np.ndarray]:
-    """The first image u8[H, W, 3] of a document, as stored."""
-    spans = self.dataset[index].spans
-    return [media.pixels(s) for s in spans if isinstance(s, Image)][:1]
 
   def _words(self, label: str) -> str:
     return label if self.classes is None else self.classes.get(label, label)
 
-  @functools.cached_property
-  def _prepared(self):
-    """((index, document id, example, label), ...) and bad documents by reason."""
-    images, bad = [], collections.Counter()
-    for index in range(len(self.dataset)):
-      try:
-        document = self.dataset[index]
-        label = document.meta.get(self.label)
-        if not isinstance(label, str):
-          raise BadDocument('no_label', f'document {document.id!a}')
-        example = self._embedder.image_example(document)
-        images.append((index, document.id, example, label))
-      except BadDocument as error:
-        bad[error.reason] += 1
-    return images, bad
+  def prepare(self, index: int) -> tuple[int, str, Example, str]:
+    """(index, document's id, its image, its label)."""
+    document = self.dataset[index]
+    label = document.meta.get(self.label)
+    if not isinstance(label, str):
+      raise BadDocument('no_label', f'document {document.id!a}')
+    return index, document.id, self.embedder.image_example(document), label

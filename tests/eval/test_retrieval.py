@@ -182,7 +182,7 @@ def test_refuses_data_without_pairs():
   with pytest.raises(ValueError, match="no image with meta 'label' in 1 documents"):
     make(ZeroShot, texts).run(ONES)
   with pytest.raises(ValueError, match='nothing to embed'):
-    make(Retrieval)._embedder.texts(ONES, [])
+    make(Retrieval).embedder.texts(ONES, [])
 
 
 @pytest.mark.slow
