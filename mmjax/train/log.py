@@ -48,10 +48,7 @@ class RunLog:
       if any(key.startswith('eval/') for key in line):
         self._evaluated.add(line['step'])
     self._file = self.path.open('a')
-    import tensorboardX
-
-    purge = start + 1 if start else None
-    self._board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge)
+    self._board = None
     self._terminal = sys.stderr.isatty()
 
   def advance(self) -> None:
@@ -79,6 +76,8 @@ class RunLog:
     plain = {k: v if math.isfinite(v) else None for k, v in line.items()}
     self._file.write(json.dumps(plain) + '\n')
     self._file.flush()
+    if self._board is None:
+      self._board = self._open_board()
     for name, value in metrics.items():
       self._board.add_scalar(name, value, step)
     text = self._text(step, line)
@@ -87,6 +86,13 @@ class RunLog:
       _log.debug('%s', text)
     else:
       _log.info('%s', text)
+
+  def _open_board(self):
+    # Not before there is a number: it takes PyTorch along where that is installed.
+    import tensorboardX
+
+    purge = self._start + 1 if self._start else None
+    return tensorboardX.SummaryWriter(str(self.path.parent / 'tensorboard'), purge)
 
   def _text(self, step, line):
     if 'train/loss' not in line:
@@ -116,7 +122,8 @@ class RunLog:
         self._bar.close()
       with contextlib.suppress(OSError):  # a full disk, which was told already
         self._file.close()
-        self._board.close()
+        if self._board is not None:
+          self._board.close()
 
 
 def clocked(name: str) -> bool:
