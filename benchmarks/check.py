@@ -10,7 +10,7 @@ process, so what the machine is and does besides cancels out as far as it can:
   attention                 forward and backward / products of as many FLOPs
   decode                    a token of `generate` / products of a vector with as many
                             weights as the model has
-  packing                   a document in a plan of 40,000 / first-fit, a loop in NumPy
+  packing                   a document in a plan of 4,000 / first-fit, a loop in NumPy
   images                    a JPEG to patches / simplejpeg, Pillow's resize, reshape
 
 Everything runs on one core, and seconds are those of the processor: other processes cost
@@ -256,7 +256,7 @@ def packing():
   from mmjax.data.plan import Lengths, PackPlan
 
   rng = np.random.default_rng(0)
-  many, few, room = 40_000, 1_000, np.array([2048, 2048, 1888, 64])
+  many, few, room = 4_000, 1_000, np.array([2048, 2048, 1888, 64])
   text = rng.poisson(14, many) + 1
   patches = rng.integers(64, 257, many)
   needs = np.stack([text + patches, text, patches, np.ones(many, int)], 1).astype(
