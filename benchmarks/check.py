@@ -179,6 +179,20 @@ def batch_of(parts):
   return pack(rows, parts.budget)
 
 
+def filled(shapes):
+  """Arrays of these shapes, small numbers > 0: to draw them takes long to compile."""
+  import jax
+
+  rng = np.random.default_rng(0)
+
+  def fill(x):
+    real = jax.numpy.issubdtype(x.dtype, jax.numpy.floating)
+    array = rng.random(x.shape) / 50 if real else np.zeros(x.shape)
+    return jax.device_put(array.astype(x.dtype), x.sharding)
+
+  return jax.tree.map(fill, shapes)
+
+
 def train_step(name):
   import jax
 
@@ -188,7 +202,7 @@ def train_step(name):
 
   config, parts = parts_of(name)
   with sharding.use(parts.mesh, parts.rules):
-    state = parts.init(jax.random.key(0))
+    state = filled(parts.abstract)
     step = build.step_of(config, parts)
     batch = sharding.place_batch(batch_of(parts), ROWS, parts.mesh, parts.rules)
   pure = parts.step(build.step_rng(config))
@@ -229,7 +243,7 @@ def decode():
 
   count = 32
   _, parts = parts_of('unified')
-  params = parts.init(jax.random.key(0)).params
+  params = filled(parts.abstract.params)
   batch = jax.tree.map(lambda x: x[:1], batch_of(parts))
   write = make_generate(parts.model, count, end_id=-1)
   size = sum(x.size for x in jax.tree.leaves(params))
