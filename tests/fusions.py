@@ -4,6 +4,7 @@ Models take `PackedBatch` and give hidden, with methods `logits`, `extend`, `emp
 and `unscanned`. Programs are compiled once for a model and kept.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -99,23 +100,28 @@ def extend(params, batch, cache, slot, model):
 
 
 def cached_equals_full(model, weights, atol=2e-5):
-  """Span by span, padded to one width; the bank comes where a marker does."""
+  """Some spans at a time, padded to one width, each with the items that are new."""
   rng = np.random.default_rng(3)
   text = lambda n, *b: ('text', rng.integers(1, 39, n), True, *b)  # noqa: E731
   image = lambda *b: ('image', rng.integers(0, 99, (2, 2, 6)), False, *b)  # noqa: E731
-  document = [text(2), image(), text(3), image(), text(1, 0), text(2, 1), image(1)]
-  document += [text(1, 1), text(2, 2), text(1, 0)]
-  batch = pack([[document]], markers=True)
+  pieces = [
+    [text(2), image(), text(3)],
+    [image(), text(1, 0), text(2, 1), image(1)],
+    [text(1, 1), text(2, 2), text(1, 0)],
+  ]
+  batch = pack([[sum(pieces, [])]], markers=True)
   want = logits(weights, batch, model)[0]
-  width, t = 4, 0
-  cache = model.empty_cache(1, width * len(document))
-  for i, span in enumerate(document):
-    n, piece = length([span], True), pack([[]], T=width)
+  width, t = 8, 0
+  cache = model.empty_cache(1, width * len(pieces))
+  for i, spans in enumerate(pieces):
+    n, piece = length(spans, True), pack([[]], T=width)
     for name, x in vars(piece.stream).items():
       x[0, :n] = getattr(batch.stream, name)[0, t : t + n]
-    # The bank again where an image's marker comes, as its `until` comes with it.
-    bank = batch.bank if span[0] == 'image' or i == 0 else {}
-    piece = PackedBatch(piece.stream, bank)
+    # The whole bank, since `source` counts in it, but no item that stands elsewhere.
+    bank = batch.bank['image']
+    here = np.isin(np.arange(bank.item_order.shape[1]), piece.stream.source)
+    bank = dataclasses.replace(bank, item_segments=bank.item_segments * here)
+    piece = PackedBatch(piece.stream, {'image': bank} if here.any() else {})
     got, cache = extend(weights, piece, cache, jnp.int32(i * width), model)
     np.testing.assert_allclose(got[0, :n], want[t : t + n], rtol=0, atol=atol)
     t += n

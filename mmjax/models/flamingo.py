@@ -26,7 +26,7 @@ from mmjax.batch import AttentionTags, Bank, Item, KeyTags, PackedBatch, Stream
 from mmjax.models.unified import Unified
 from mmjax.names import closest
 from mmjax.nn import cross_attention
-from mmjax.nn.cache import KV, Cache
+from mmjax.nn.cache import KV, Cache, join
 from mmjax.nn.features import bank_of
 from mmjax.nn.gated_xattn import GATES, GatedCrossAttention, latent_tags, look_at
 from mmjax.nn.markers import item_tags, words
@@ -43,7 +43,7 @@ FROZEN = ('vision/*', 'lm/*')
 class MediaCache(NamedTuple):
   """The language model's cache, and what it looks at.
 
-  media: the latents' keys and values, stacked f[G, B, I * R, N, H] or one `KV` per
+  media: the latents' keys and values, stacked f[G, B, N, I * R, H] or one `KV` per
     cross-attention; items: tags i32[B, I]. Both None until there is a prompt.
   """
 
@@ -153,16 +153,19 @@ class Flamingo(nn.Module):
     """Runs new slots against the cache: f[B, T, D] and the cache with them written.
 
     Args:
-      batch: the next T slots of every row. If it has a bank, that is what is looked
-        at from now on: it holds the items of all slots so far, and maybe of later ones.
+      batch: the next T slots of every row, with a bank of the items that stand in them;
+        without one (`{}`) if none do. They are looked at beside those of earlier slots.
       cache: of S >= slot + T slots, from `empty_cache`.
       slot: where the new slots are written.
     """
     media, items = cache.media, cache.items
     if media is None or batch.bank:
       bank = bank_of(batch, self.media)
-      items = item_tags(batch.stream, bank, self.media[0][0], items)
-      media = self._keys(self._latents(bank, False))
+      new = item_tags(batch.stream, bank, self.media[0][0])
+      new = self._keys(self._latents(bank, False)), new
+      # Slots of the items are the last axis but one of keys, and the last of tags.
+      media = new[0] if media is None else join(media, new[0], -2)
+      items = new[1] if items is None else join(items, new[1], -1)
     tags = self._cross_tags(batch.stream, items)
     before = self._before(tags, self._parts(media))
     hidden, text = self.lm.extend(words(batch, self.marker), cache.text, slot, before)

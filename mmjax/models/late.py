@@ -25,7 +25,7 @@ from mmjax.batch import (
   visible,
 )
 from mmjax.models.unified import Unified
-from mmjax.nn.cache import Cache
+from mmjax.nn.cache import Cache, join
 from mmjax.nn.features import bank_of
 from mmjax.nn.gated_xattn import look_at
 from mmjax.nn.markers import item_tags, words
@@ -97,8 +97,9 @@ class Late(nn.Module):
     items, tags = cache.items, cache.tags
     if items is None or batch.bank:
       bank = bank_of(batch, self.media)
-      tags = item_tags(batch.stream, bank, self.media[0][0], tags)
-      items = self._vectors(bank, False)
+      new = self._vectors(bank, False), item_tags(batch.stream, bank, self.media[0][0])
+      old = (items, tags)
+      items, tags = new if items is None else join(old, new, 1)
     hidden, text = self.lm.extend(words(batch, self.marker), cache.text, slot)
     hidden = self._joined(hidden, items, self._join_tags(batch.stream, tags))
     return hidden, ItemCache(text, items, tags)

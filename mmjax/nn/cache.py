@@ -7,6 +7,9 @@ length just have invisible slots (segment 0) in between:
   slot          0 1 2 3 4 | 5 6          prompt of up to 5, then new tokens
   row 0         a b c d e | f g
   row 1         a b . . . | c d          . = padding of the prompt, never seen
+
+Heads come first, [B, K, S, H], as attention's products want them: with slots first, XLA
+on a CPU writes the whole cache anew, transposed, at every token.
 """
 
 from typing import Any, NamedTuple
@@ -19,10 +22,19 @@ from mmjax.sharding import constrain
 
 
 class KV(NamedTuple):
-  """One layer's keys and values, each f[B, S, K, H]; stacked layers: f[L, B, S, K, H]."""
+  """One layer's keys and values, each f[B, K, S, H]; stacked layers: f[L, B, K, S, H]."""
 
   key: Any
   value: Any
+
+  @classmethod
+  def of(cls, key: jax.Array, value: jax.Array) -> 'KV':
+    """From f[B, S, K, H] each."""
+    return cls(jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2))
+
+  def slots_first(self) -> tuple[jax.Array, jax.Array]:
+    """f[B, S, K, H] each, as `ops.attention.attend` takes them."""
+    return jnp.moveaxis(self.key, 2, 1), jnp.moveaxis(self.value, 2, 1)
 
 
 class Cache(NamedTuple):
@@ -42,8 +54,8 @@ def empty_cache(
   stacked: bool,
 ) -> Cache:
   """A cache whose slots are all padding."""
-  shape = (rows, slots, num_kv_heads, head_dim)
-  names = ('batch', 'kv_seq', 'act_kv_heads', None)
+  shape = (rows, num_kv_heads, slots, head_dim)
+  names = ('batch', 'act_kv_heads', 'kv_seq', None)
 
   def zeros():
     if stacked:
@@ -55,10 +67,15 @@ def empty_cache(
   return Cache(tags, layers[0] if stacked else layers)
 
 
-def write(old: Any, new: Any, slot: jax.Array | int) -> Any:
-  """Writes new [B, T, ...] into old [B, S, ...] from `slot` on, leaf by leaf."""
+def write(old: Any, new: Any, slot: jax.Array | int, axis: int = 1) -> Any:
+  """Writes T new slots into the S old ones from `slot` on, leaf by leaf."""
   return jax.tree.map(
-    lambda o, n: jax.lax.dynamic_update_slice_in_dim(o, n.astype(o.dtype), slot, 1),
+    lambda o, n: jax.lax.dynamic_update_slice_in_dim(o, n.astype(o.dtype), slot, axis),
     old,
     new,
   )
+
+
+def join(old: Any, new: Any, axis: int) -> Any:
+  """New slots or items behind the old ones, leaf by leaf."""
+  return jax.tree.map(lambda o, n: jnp.concatenate([o, n], axis), old, new)

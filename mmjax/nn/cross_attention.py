@@ -97,7 +97,7 @@ class CrossAttention(nn.Module):
       self.key_norm = c.make_norm(axis='head_dim')
 
   def keys(self, media: jax.Array) -> KV:
-    """media f[B, S, C] -> keys and values, each f[B, S, N, H]."""
+    """media f[B, S, C] -> keys and values, each f[B, N, S, H]."""
 
     def project(name):
       y = self._biased(linear(media, getattr(self, name)), name)
@@ -105,20 +105,20 @@ class CrossAttention(nn.Module):
         y = self.key_norm(y)
       return constrain(y, 'batch', 'kv_seq', 'act_heads', None)
 
-    return KV(project('key'), project('value'))
+    return KV.of(project('key'), project('value'))
 
   def __call__(
     self, x: jax.Array, kv: KV, query_tags: QueryTags, key_tags: KeyTags
   ) -> jax.Array:
     """x f[B, T, D], kv from `keys`, tags i32[B, T] and i32[B, S] -> f[B, T, D]."""
-    check('B T D', x, 'B S N H', kv.key, 'B T', query_tags.segment_ids)
+    check('B T D', x, 'B N S H', kv.key, 'B T', query_tags.segment_ids)
     c = self.config
     q = self._biased(linear(x, self.query), 'query')
     if c.qk_norm:
       q = self.query_norm(q)
     q = constrain(q, 'batch', 'seq', 'act_heads', None)
     y = attend(
-      q, kv.key, kv.value, query_tags, key_tags,
+      q, *kv.slots_first(), query_tags, key_tags,
       chunk=c.chunk, implementation=c.attention,
     )  # fmt: skip
     y = constrain(y, 'batch', 'seq', 'act_heads', None)

@@ -79,7 +79,7 @@ class GatedCrossAttention(nn.Module):
     self.mlp_gate = param(self, 'mlp_gate', init, *shape, c.param_dtype)
 
   def keys(self, latents: jax.Array) -> KV:
-    """latents f[B, S, C] -> keys and values, each f[B, S, N, H]; made once to decode."""
+    """latents f[B, S, C] -> keys and values, each f[B, N, S, H]; made once to decode."""
     return self.attention.keys(latents)
 
   def __call__(

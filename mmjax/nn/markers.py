@@ -16,16 +16,10 @@ import jax.numpy as jnp
 from mmjax.batch import FOREVER, PLACEHOLDER, Bank, KeyTags, PackedBatch, Stream
 
 
-def item_tags(
-  stream: Stream, bank: Bank, kind: str, old: KeyTags | None = None
-) -> KeyTags:
-  """Tags of the items, i32[B, I]; `until` is the marker's, as far as they were seen.
-
-  Args:
-    old: the tags so far, if this is not the first piece of the stream.
-  """
+def item_tags(stream: Stream, bank: Bank, kind: str) -> KeyTags:
+  """Tags of the items, i32[B, I]; `until` is the marker's."""
   B, I = bank.item_order.shape
-  until = jnp.full((B, I), FOREVER, jnp.int32) if old is None else old.until
+  until = jnp.full((B, I), FOREVER, jnp.int32)
   here = stream.tokens == PLACEHOLDER[kind]
   place = jnp.where(here, stream.source, I)  # I is outside, and dropped
   # By vmap the compiler knows that rows stay by themselves, where they are split.

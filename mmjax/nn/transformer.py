@@ -256,8 +256,8 @@ class Attention(nn.Module):
     if angles is not None:
       q, k = rotate(q, angles), rotate(k, angles)
     if kv is not None:
-      kv = write(kv, KV(k, v), slot)
-      k, v = kv
+      kv = write(kv, KV.of(k, v), slot, 2)
+      k, v = kv.slots_first()
     reach = c.reach if kv is None else None
     out = attend(
       q, k, v, query_tags, key_tags,

@@ -12,6 +12,7 @@ from wide import float64, largest_error, widen
 from mmjax import models
 from mmjax.batch import PackedBatch
 from mmjax.generate import Greedy, Sample, generate, make_generate
+from mmjax.generate.decode import bucket, bucketed
 
 MODEL = models.build(
   'unified', vocab_size=40, embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=2,
@@ -165,9 +166,105 @@ def test_an_empty_row_is_all_end():
 def test_compiles_once_for_all_contents_and_parameters():
   f = decoder(NEVER)
   f(params(), pack(prompts(0), T=30))
-  compiled = f._cache_size()
+  compiled = programs(f)
   f(jax.tree.map(jnp.zeros_like, params()), pack(prompts(1), T=30))
-  assert f._cache_size() == compiled
+  assert programs(f) == compiled
+
+
+def programs(f):
+  """How many programs there are of prefix, prefill and loop."""
+  made = f.read_program, f.prefill_program, f.loop_program
+  return tuple(program._cache_size() for program in made)
+
+
+def test_one_prefill_for_a_bucket_and_one_loop_for_all():
+  f = make_generate(MODEL, 6, NEVER, slots=40)
+  for T, P, I in ((26, 30, 5), (29, 48, 8), (32, 33, 6)):
+    rows = [[[*d, ('text', [T], False)]] for [d] in prompts()]
+    got = f(params(), pack(rows, T=T, P=P, I=I))
+    # As it is, on a device, is not padded.
+    want = decoder(NEVER)(params(), jax.device_put(pack(rows, T=30)))
+    np.testing.assert_array_equal(got, want)
+  assert programs(f) == (0, 2, 1)  # items are 6 or 8
+  short = [[[('text', [3, 4], False)]] for _ in range(3)]
+  f(params(), pack(short, T=9, I=8))
+  assert programs(f) == (0, 3, 1)
+  with pytest.raises(ValueError, match='need 53 slots of the cache, it has 40'):
+    f(params(), pack(prompts(), T=47))
+
+
+def test_buckets():
+  sizes = [bucket(n) for n in range(1, 200)]
+  assert sizes[:13] == [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16]
+  assert all(n <= size < 1.5 * n for n, size in enumerate(sizes, 1))
+  assert len(set(sizes)) == 15
+  assert bucket(5, 16) == 16
+
+
+def test_the_loop_writes_where_the_given_cache_stands():
+  f = decoder(NEVER)
+  state = f.prefill_program(
+    params(), bucketed(pack(prompts())), jax.random.key(0), None, slots=100
+  )
+  lowered = f.loop_program.lower(params(), state, jax.random.key(0))
+  held = sum(x.nbytes for x in jax.tree.leaves(state.cache))
+  memory = lowered.compile().memory_analysis()
+  assert held <= memory.alias_size_in_bytes
+  # No second one, not even for a while.
+  weights = sum(x.nbytes for x in jax.tree.leaves(params()))
+  assert memory.temp_size_in_bytes < weights + held / 2
+  f.loop_program(params(), state, jax.random.key(0))
+  assert all(x.is_deleted() for x in jax.tree.leaves(state.cache))
+
+
+def continued(prefix, rows, own, **kwargs):
+  """(tokens, logits of each) of rows that go on from a prefix, or have it as their own."""
+  seen = []
+
+  def sampler(logits, rng):
+    jax.debug.callback(lambda x: seen.append(np.asarray(x)), logits, ordered=True)
+    return Greedy()(logits, rng)
+
+  f = make_generate(MODEL, 6, NEVER, sampler, **kwargs)
+  if own:
+    rows, prefix = [[[*prefix, *d]] for [d] in rows], None
+  else:
+    prefix = pack([[prefix]], T=20)
+    prefix = f.read(params(), prefix) if kwargs else prefix
+  got = f(params(), pack(rows, T=47), jax.random.key(0), prefix)
+  jax.effects_barrier()
+  return np.asarray(got), np.stack(seen)
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(slots=90)])
+def test_a_prefix_read_once_is_as_each_row_s_own(kwargs):
+  prefix = random_document(np.random.default_rng(8), 'titit')
+  tokens, logits = continued(prefix, prompts(), False, **kwargs)
+  want_tokens, want = continued(prefix, prompts(), True)
+  np.testing.assert_array_equal(tokens, want_tokens)
+  np.testing.assert_allclose(logits, want, atol=1e-5 * np.abs(want).max())
+  other = random_document(np.random.default_rng(9), 'titit')
+  assert (continued(other, prompts(), False)[0] != tokens).any()
+
+
+def test_a_prefix_is_one_row_and_fits():
+  f = make_generate(MODEL, 6, NEVER)
+  two = pack(prompts()[:2], T=30)
+  with pytest.raises(ValueError, match='a prefix has one row, got 2'):
+    f(params(), two, prefix=two)
+  with pytest.raises(ValueError, match='for many batches needs slots, got none'):
+    f.read(params(), two)
+  f = make_generate(MODEL, 6, NEVER, slots=40)
+  with pytest.raises(ValueError, match='need 69 slots of the cache, it has 40'):
+    f(params(), two, prefix=pack([[]], T=30))
+
+
+def test_a_key_draws_the_same_in_every_bucket():
+  f = make_generate(MODEL, 6, NEVER, Sample(2.0), slots=60)
+  a, b = (f(params(), pack(prompts(), T=T), jax.random.key(3)) for T in (30, 45))
+  np.testing.assert_array_equal(a, b)
+  c = f(params(), pack(prompts(), T=30), jax.random.key(4))
+  assert (a != c).any()
 
 
 def test_sampling_needs_and_follows_its_key():

@@ -207,6 +207,21 @@ def test_greedy_equals_argmax_of_repeated_forwards():
       d.append(('text', [token], False))
 
 
+@pytest.mark.parametrize('latest', [True, False])
+def test_rows_go_on_from_a_prefix_with_media(latest):
+  """Also a row whose own words must look back at the prefix' images."""
+  rng = np.random.default_rng(7)
+  model = MODEL.clone(latest=latest)
+  prefix = random_document(rng, 'itit', vocab=39)
+  rows = [random_document(rng, spans, vocab=39) for spans in ('tit', 't', 'it')]
+  f = make_generate(model, 4, -7)
+  got = f(params(), pack([[d] for d in rows], T=20), prefix=pack([[prefix]], T=20))
+  want = f(params(), pack([[[*prefix, *d]] for d in rows], T=40))
+  np.testing.assert_array_equal(got, want)
+  blind = f(params(), pack([[d] for d in rows], T=20))
+  assert (got != blind).any()
+
+
 def test_text_alone_needs_no_bank():
   batch = pack([[documents()[2]]])
   want = logits(params(), batch, MODEL)
