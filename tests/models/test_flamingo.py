@@ -207,7 +207,7 @@ def test_greedy_equals_argmax_of_repeated_forwards():
       d.append(('text', [token], False))
 
 
-@pytest.mark.parametrize('latest', [True, False])
+@pytest.mark.parametrize('latest', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_rows_go_on_from_a_prefix_with_media(latest):
   """Also a row whose own words must look back at the prefix' images."""
   rng = np.random.default_rng(7)
