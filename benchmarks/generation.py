@@ -16,7 +16,7 @@ transformers runs in float32 and bfloat16, with its default cache and with a sta
 mmjax in float32 and bfloat16. `faster_by` is the best of mmjax over the best of
 transformers in new tokens per second.
 
-`benchmarks/table.py` prints the report as a table.
+`--table` prints lines written before as a table.
 """
 
 import argparse
@@ -184,6 +184,19 @@ def case(name, folder, rows, args):
   return {**report, 'results': results}
 
 
+def table(reports):
+  """Markdown of the lines of a run."""
+  columns = ('prefill_per_second', 'decode_per_second', 'new_per_second')
+  lines = [['model', 'rows', '', *(c.replace('_', ' ') for c in columns)]]
+  lines.append(['---'] * len(lines[0]))
+  for report in reports:
+    for name, r in report['results'].items():
+      lines.append([report['model'], report['rows'], name, *(r[c] for c in columns)])
+    lines.append([report['model'], report['rows'], 'faster by', '', ''])
+    lines[-1].append(report.get('faster_by', ''))
+  return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--rounds', type=int, default=5)
@@ -192,11 +205,15 @@ def main():
   parser.add_argument('--threads', type=int, default=2, help="torch's")
   parser.add_argument('--only', default='', help='contestants, e.g. mmjax,transformers')
   parser.add_argument('--folder', help='keeps the models, by name; default: for now')
+  parser.add_argument('--table', type=pathlib.Path, help='a file of reports to print')
   parser.add_argument('--serve', help=argparse.SUPPRESS)
   parser.add_argument('--case', help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.serve:
     serve(args.serve, args.case, args.folder, int(args.rows), args.threads)
+    return
+  if args.table:
+    print(table(map(json.loads, args.table.read_text().splitlines())))
     return
   from torch_generation import save
 

@@ -14,6 +14,10 @@ import torch
 import transformers
 
 SIDE, PATCH, VOCAB = 96, 16, 32_000
+# Of the language models, and of what makes latents of pictures.
+WIDTHS = dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8)
+VISION = dict(embed_dim=384, num_hidden_layers=6, num_attention_heads=6)
+LATENTS, DEPTH = 64, 6
 IMAGES, WORDS = 2, 32
 IMAGE = {'flamingo': VOCAB + 1, 'unified': VOCAB - 1}  # the token of an image's slot
 SLOTS = {'flamingo': 1, 'unified': (SIDE // PATCH) ** 2}  # of an image in the stream
@@ -21,29 +25,25 @@ SLOTS = {'flamingo': 1, 'unified': (SIDE // PATCH) ** 2}  # of an image in the s
 
 def flamingo():
   config = transformers.IdeficsConfig(
+    **WIDTHS,
     vocab_size=VOCAB,
     additional_vocab_size=2,
-    hidden_size=512,
-    num_hidden_layers=8,
-    num_attention_heads=8,
-    intermediate_size=1408,
+    intermediate_size=WIDTHS['hidden_size'] * 11 // 4,
     cross_layer_interval=2,
     alpha_initializer='ones',
     use_resampler=True,
     vision_config=dict(
-      embed_dim=384,
-      num_hidden_layers=6,
-      num_attention_heads=6,
-      intermediate_size=1536,
+      **VISION,
+      intermediate_size=4 * VISION['embed_dim'],
       image_size=SIDE,
       patch_size=PATCH,
     ),
     perceiver_config=dict(
       use_resampler=True,
-      resampler_n_latents=64,
-      resampler_depth=6,
-      resampler_n_heads=6,
-      resampler_head_dim=64,
+      resampler_n_latents=LATENTS,
+      resampler_depth=DEPTH,
+      resampler_n_heads=VISION['num_attention_heads'],
+      resampler_head_dim=VISION['embed_dim'] // VISION['num_attention_heads'],
     ),
   )
   return transformers.IdeficsForVisionText2Text(config)
@@ -51,12 +51,10 @@ def flamingo():
 
 def unified():
   text = dict(
+    **WIDTHS,
     model_type='persimmon',
     vocab_size=VOCAB,
-    hidden_size=512,
-    num_hidden_layers=8,
-    num_attention_heads=8,
-    intermediate_size=2048,
+    intermediate_size=4 * WIDTHS['hidden_size'],
   )
   config = transformers.FuyuConfig(
     text_config=text, patch_size=PATCH, image_token_id=IMAGE['unified']
