@@ -3,21 +3,27 @@
   block   u8[ tokens . segment_ids . order ... image/items . image/values . ]
   batch   views of it; each array begins at a multiple of 64 bytes
 
-A segment of shared memory costs its making, opening and removal, whatever its size, and
-a batch has fourteen arrays and more. So there is one for all of them, and the worker
-packs into it: what it makes is never copied on its side.
+Fresh memory costs more than what is written into it: the system clears each page, and
+again for a copy. So blocks are used again, in a ring of memory that all processes share:
+
+  ring      flags  block 0  block 1  block 2  ...      worker w has blocks w, w+W, ...
+  worker    sets the flag of a block that is free, packs into it, sends its number
+  parent    makes a batch of views; with the last of them the flag is cleared
+
+The ring is a file without a name (memfd_create), so whoever dies, nothing is left behind.
 """
 
-import contextlib
 import dataclasses
 import functools
+import mmap
+import os
+import weakref
 
 import jax
 import numpy as np
 
 from mmjax.batch import Budget, PackedBatch
 
-_MADV_POPULATE_WRITE = 23  # madvise(2)
 _ALIGNED = 64  # bytes: a line of the processor's cache, and what JAX asks for
 
 
@@ -30,40 +36,85 @@ class Layout:
 
   @functools.cached_property
   def _arrays(self):
-    """([(first byte, end, dtype, shape, padding)], bytes in all, the tree)."""
+    """([(first byte, end, dtype, shape)], bytes in all, the tree)."""
     leaves, tree = jax.tree.flatten(self.budget.empty(self.rows))
     arrays, at = [], 0
     for leaf in leaves:
-      padding = leaf.flat[0] if leaf.size else leaf.dtype.type(0)
-      arrays.append((at, at + leaf.nbytes, leaf.dtype, leaf.shape, padding))
+      arrays.append((at, at + leaf.nbytes, leaf.dtype, leaf.shape))
       at += -(-leaf.nbytes // _ALIGNED) * _ALIGNED
-    return arrays, max(at, 1), tree
+    return arrays, max(at, _ALIGNED), tree
+
+  @property
+  def size(self) -> int:
+    """Bytes of a block."""
+    return self._arrays[1]
 
   def batch(self, block: np.ndarray) -> PackedBatch:
-    """The batch in a block u8[n]; its arrays are views."""
+    """The batch in a block u8[size]; its arrays are views."""
     arrays, _, tree = self._arrays
     flat = np.asarray(block).view(np.ndarray)
     return tree.unflatten(
-      [
-        flat[start:end].view(dtype).reshape(shape)
-        for start, end, dtype, shape, _ in arrays
-      ]
+      [flat[start:end].view(dtype).reshape(shape) for start, end, dtype, shape in arrays]
     )
-
-  def shared(self) -> np.ndarray:
-    """A block in shared memory that holds nothing but padding."""
-    import grain
-
-    arrays, size, _ = self._arrays
-    block = grain.multiprocessing.SharedMemoryArray((size,), np.uint8)
-    # All pages at once, in two thirds of the time that asking for each takes. They are
-    # zeros; where the system can't do it (Linux before 5.14), they come one by one.
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-      block.shm.buf.obj.madvise(_MADV_POPULATE_WRITE)
-    for view, (*_, padding) in zip(jax.tree.leaves(self.batch(block)), arrays):
-      if padding:  # it begins as zeros
-        view.fill(padding)
-    return block
 
   def __getstate__(self):
     return {'budget': self.budget, 'rows': self.rows}
+
+
+class Ring:
+  """Blocks that a process and its workers use again and again.
+
+  Made by the parent, who lends; pickled to the workers, who take.
+
+  Args:
+    size: bytes of a block.
+    blocks: of each worker.
+    workers: how many.
+
+  Where there is no such memory (not Linux), or a worker can't reach it, there is never
+  a free block.
+  """
+
+  def __init__(self, size: int, blocks: int, workers: int):
+    self._workers, self._count = workers, blocks * workers
+    self._size, self._apart = size, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    self._start = -(-self._count // mmap.PAGESIZE) * mmap.PAGESIZE
+    self._path = self._memory = None
+    if hasattr(os, 'memfd_create'):
+      file = os.memfd_create('mmjax')
+      weakref.finalize(self, os.close, file)
+      os.ftruncate(file, self._start + self._count * self._apart)
+      self._path = f'/proc/{os.getpid()}/fd/{file}'
+      self._memory = mmap.mmap(file, 0)
+
+  def __getstate__(self):
+    return {**self.__dict__, '_memory': None}
+
+  def take(self, worker: int) -> tuple[int, np.ndarray] | None:
+    """(number, block u8) of a free block of a worker; None = there is none."""
+    if self._memory is None and self._path is not None:
+      try:
+        with open(self._path, 'r+b') as file:
+          self._memory = mmap.mmap(file.fileno(), 0)
+      except OSError:
+        self._path = None
+    if self._memory is None:
+      return None
+    for number in range(worker % self._workers, self._count, self._workers):
+      if not self._memory[number]:
+        self._memory[number] = 1
+        return number, self._block(number)
+    return None
+
+  def lend(self, number: int) -> np.ndarray:
+    """A block u8 that was taken; free again once it and all views of it are gone."""
+    block = self._block(number)
+    weakref.finalize(block, self._free, number).atexit = False
+    return block
+
+  def _free(self, number: int):
+    self._memory[number] = 0
+
+  def _block(self, number: int) -> np.ndarray:
+    start = self._start + number * self._apart
+    return np.frombuffer(self._memory, np.uint8, self._size, start)

@@ -19,6 +19,8 @@ from mmjax.data.example import Example
 from mmjax.data.plan import Lengths, limits
 
 _COPIED = ('tokens', 'order', 'first', 'last', 'until', 'positions', 'weights')
+_PATCHES = ('values', 'items', 'positions')
+_ITEMS = ('item_segments', 'item_order')
 
 
 def needs_of(example: Example) -> dict[str, int]:
@@ -41,8 +43,8 @@ def pack(
   Args:
     rows: B lists of examples; may be empty.
     budget: the shape of a row.
-    batch: an empty one of this shape, to be filled as the rows come; without it, rows
-      are counted first and a new one is made.
+    batch: memory for one of this shape, all of which is written, as the rows come;
+      without it, rows are counted first and a new one is made.
 
   Returns:
     A batch of NumPy arrays [B, ...]. Segments and items count from 1 in a row.
@@ -57,8 +59,10 @@ def pack(
   names = ['stream', 'targets']
   names += [f'{kind}/{what}' for kind in budget.bank for what in ('patches', 'items')]
   room = dict(zip(names, limits(tuple(names), budget).tolist()))
+  padding = budget.empty(1)
   for b, row in enumerate(rows):
-    _pack_row(batch, b, row, budget, room)
+    used = _pack_row(batch, b, row, budget, room)
+    _pad_row(batch, b, used, padding)
   return batch
 
 
@@ -68,7 +72,8 @@ def _pack_row(
   row: Sequence[Example],
   budget: Budget,
   room: Mapping[str, int],
-):
+) -> dict[str, int]:
+  """Lays out a row; returns how much of each resource is used."""
   stream, used = batch.stream, {}
   copied = [(name, getattr(stream, name)[b]) for name in _COPIED]
   num_slots = dict.fromkeys(PLACEHOLDER, 0)  # of each kind in this row so far
@@ -104,6 +109,23 @@ def _pack_row(
       bank.positions[b, p] = media.positions
       bank.item_segments[b, i] = segment
       bank.item_order[b, i] = media.item_order
+  return used
+
+
+def _pad_row(batch, b, used, padding):
+  """Writes padding behind what is used."""
+
+  def pad(arrays, empty, names, start):
+    for name in names:
+      fill = getattr(empty, name)
+      if fill.size:
+        getattr(arrays, name)[b, start:] = fill.flat[0]
+
+  pad(batch.stream, padding.stream, (*_COPIED, 'segment_ids', 'source'),
+      used.get('stream', 0))  # fmt: skip
+  for kind, bank in batch.bank.items():
+    for names, what in ((_PATCHES, 'patches'), (_ITEMS, 'items')):
+      pad(bank, padding.bank[kind], names, used.get(f'{kind}/{what}', 0))
 
 
 def _refuse(name: str, budget: Budget, b: int, segment: int):

@@ -28,7 +28,7 @@ import numpy as np
 
 from mmjax.batch import Budget, Item, PackedBatch
 from mmjax.data import augment as augment_lib
-from mmjax.data.block import Layout
+from mmjax.data.block import Layout, Ring
 from mmjax.data.deck import EVEN
 from mmjax.data.document import BadDocument
 from mmjax.data.example import Example, to_example
@@ -40,6 +40,8 @@ _ENDLESS = 2**48  # steps
 _WINDOW = 4096  # documents over which the share of bad ones is taken
 _UNEVEN = 0.02  # what a source's share may be off, untold
 _FEW = 10  # bad documents that stop no run yet, unless none are allowed
+_AHEAD = 3  # steps that wait in the queue of a worker process
+_BLOCKS = _AHEAD + 5  # of a worker: one in the making, one made; the rest are lent
 
 
 class TooManyBadDocuments(ValueError):
@@ -66,10 +68,10 @@ class Loaded:
 class _Step:
   """What is made of a step: the batch, and the documents left out.
 
-  batch: of a worker process, the block that it lies in.
+  batch: of a worker process, the number of the ring's block that it lies in, or a block.
   """
 
-  batch: PackedBatch | np.ndarray
+  batch: PackedBatch | np.ndarray | int
   documents: int
   sources: tuple[tuple[int, int], ...]  # of each: documents, tokens
   bad: tuple[tuple[str, int, str], ...]  # reason, document, message
@@ -204,23 +206,22 @@ class Pipeline:
       )
     local = self.rows // process_count
     layout = Layout(self.budget, local)
-    load = _Load(
-      self._convert, self.plan, layout, self.rows, process_index * local, self.workers > 0
-    )
+    ring = Ring(layout.size, _BLOCKS, self.workers) if self.workers else None
+    load = _Load(self._convert, self.plan, layout, self.rows, process_index * local, ring)
     steps = _read(load, start_step, self.workers, self.threads)
-    return Steps(steps, self, layout, start_step)
+    return Steps(steps, self, load, start_step)
 
 
 class Steps(Iterator[Loaded]):
   """Iterates over steps; counts bad documents exactly, as it is the only consumer.
 
   `close()` ends the threads and worker processes behind it; so does the exit of
-  the program.
+  the program. Batches stay as they are for as long as someone has them.
   """
 
-  def __init__(self, steps, pipeline: Pipeline, layout: Layout, start_step: int):
+  def __init__(self, steps, pipeline: Pipeline, load: '_Load', start_step: int):
     self._steps = [steps]
-    self._layout = layout
+    self._load = load
     # At exit too, while there still are modules to close it with.
     self.close = weakref.finalize(self, _close, self._steps)
     self._pipeline = pipeline
@@ -244,10 +245,7 @@ class Steps(Iterator[Loaded]):
         _log.warning('bad document %d left out: %s', document, message)
     self._check(step.documents + len(step.bad), bad)
     self.next_step += 1
-    if self._pipeline.workers:
-      # Out of shared memory: it ends with the program, and may be small.
-      batch = self._layout.batch(np.array(step.batch))
-      step = dataclasses.replace(step, batch=batch)
+    step = dataclasses.replace(step, batch=self._load.batch(step.batch))
     stats = _stats(step)
     stats |= {f'bad/{reason}': float(count) for reason, count in bad.items()}
     for name, (documents, tokens) in zip(self._pipeline.sources, step.sources):
@@ -322,7 +320,16 @@ class _Load:
   layout: Layout
   rows: int
   first: int
-  shared: bool
+  ring: Ring | None
+
+  def batch(self, made: PackedBatch | np.ndarray | int) -> PackedBatch:
+    """The batch of a step as it came here."""
+    if isinstance(made, int):
+      return self.layout.batch(self.ring.lend(made))
+    if isinstance(made, np.ndarray):
+      # Out of Grain's shared memory: it ends with the program, and may be small.
+      return self.layout.batch(np.array(made))
+    return made
 
   def __call__(self, step: int) -> _Step:
     start = int(step) * self.rows + self.first
@@ -342,18 +349,19 @@ class _Load:
             sources[source] += 1, len(examples[-1])
         yield examples
 
-    budget = self.layout.budget
-    if self.shared:
-      made = self.layout.shared()
-      try:
-        pack(rows(), budget, self.layout.batch(made))
-      except BaseException:
-        made.metadata.close_and_unlink_shm()
-        raise
-    else:
-      made = pack(rows(), budget, budget.empty(self.layout.rows))
+    made = self._packed(step, rows())
     counts = tuple(map(tuple, sources.tolist()))
     return _Step(made, int(sources[:, 0].sum()), counts, tuple(bad))
+
+  def _packed(self, step: int, rows) -> PackedBatch | np.ndarray | int:
+    budget = self.layout.budget
+    if self.ring is None:
+      return pack(rows, budget, budget.empty(self.layout.rows))
+    number, block = self.ring.take(step) or (None, None)
+    if block is None:  # more batches are kept than usual
+      block = np.empty(self.layout.size, np.uint8)
+    pack(rows, budget, self.layout.batch(block))
+    return block if number is None else number
 
   def _example(self, document: int, epoch: int) -> Example:
     example = self.convert(document, epoch)
@@ -387,7 +395,9 @@ def _read(load: _Load, start_step: int, workers: int, threads: int):
   # Each makes a step when there is room for it. What waited in a worker when that is
   # told to stop would be left behind in shared memory.
   steps = steps.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-  options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=3)
+  options = grain.MultiprocessingOptions(
+    num_workers=workers, per_worker_buffer_size=_AHEAD
+  )
   return iter(steps.mp_prefetch(options, worker_init_fn=_init_worker))
 
 
