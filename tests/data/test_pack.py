@@ -152,6 +152,13 @@ def test_documents_stand_end_to_end_and_the_rest_is_padding(documents):
     assert (leaf.shape, leaf.dtype) == (other.shape, other.dtype)
 
 
+def test_nothing_is_left_of_what_the_memory_held():
+  rows = make((0, [['ti', 'iat', 'a', 't'], [], ['it']]))
+  used = jax.tree.map(lambda x: np.full_like(x, 77), BUDGET.empty(3))
+  assert pack(iter(rows), BUDGET, used) is used
+  jax.tree.map(np.testing.assert_array_equal, used, pack(rows, BUDGET))
+
+
 def test_no_documents_is_the_empty_batch():
   for leaf, other in zip(
     jax.tree.leaves(pack([[], []], BUDGET)), jax.tree.leaves(BUDGET.empty(2)), strict=True

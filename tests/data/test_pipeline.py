@@ -144,6 +144,32 @@ def test_steps_of_workers_stay_as_they_are_when_others_follow_and_after_the_end(
   assert all(leaf.flags.writeable for leaf in jax.tree.leaves(first.batch))
 
 
+@pytest.mark.slow
+def test_blocks_of_workers_are_used_again_but_not_while_someone_has_them(path, chain):
+  """Batches are kept, altered, placed on devices and dropped in all sorts of ways."""
+  made = pipeline(path, workers=2)
+  it = made.iterate()
+  rng, kept, places = np.random.default_rng(0), {}, set()
+  for step in range(40):
+    loaded = next(it).batch
+    places.add(loaded.stream.tokens.ctypes.data)
+    if step < len(chain):
+      assert digest(loaded) == chain[step]
+    want = digest(loaded)
+    for leaf in jax.tree.leaves(loaded) if step % 3 == 0 else ():
+      leaf.fill(3)  # it is the consumer's
+    if step % 3 == 1:
+      kept[step] = jax.device_put(loaded), want
+    elif step % 3 == 2:
+      kept[step] = loaded, want
+    while len(kept) > (3, 30)[10 < step < 30]:  # for some time, more than the ring has
+      batch, want = kept.pop(int(rng.choice(list(kept))))
+      assert digest(batch) == want
+  assert len(places) < 40  # some were used again
+  it.close()
+  assert all(digest(batch) == want for batch, want in kept.values())
+
+
 SCRIPT = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
@@ -209,11 +235,23 @@ def test_workers_outlive_ctrl_c_but_not_their_parent(path, tmp_path):
     assert all(alive(pid) for pid in pids)
   finally:
     process.send_signal(signal.SIGKILL)
-  process.communicate(timeout=60)
+  _, stderr = process.communicate(timeout=60)
+  assert 'leaked shared_memory' not in stderr
   deadline = time.monotonic() + 20
   while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
     time.sleep(0.1)
   assert not [pid for pid in pids if alive(pid)]
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_ends_the_run_and_leaves_nothing(path, tmp_path):
+  process = launch(tmp_path, path, 0, workers=2)
+  process.stdout.readline()
+  os.kill(json.loads(process.stdout.readline())[1], signal.SIGKILL)
+  _, stderr = process.communicate('go on\n', timeout=60)
+  assert process.returncode == 1
+  assert 'Worker process was terminated unexpectedly with exit code -9' in stderr
+  assert 'leaked' not in stderr and 'Exception ignored' not in stderr
 
 
 def alive(pid):
