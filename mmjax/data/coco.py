@@ -25,7 +25,7 @@ class Coco(Annotations):
   """Images in the order of the file, with all their captions as branches.
 
   files: captions_*.json; a pattern, see `paths.expand`.
-  images: the folder (or .tar) of the images; by default, of
+  images: the folder (or .tar, .zip) of the images; by default, of
     annotations/captions_NAME.json, the folder NAME beside annotations.
   split, test_share: see `source.Files`.
 

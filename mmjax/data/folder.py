@@ -1,9 +1,10 @@
-"""Images by name: in a folder, or in a tar of one.
+"""Images by name: in a folder, or in a tar or zip of one.
 
   Folder('coco/train2017').read('000000391895.jpg')
   Folder('gs://bucket/mmc4/images.tar').read('b9040a0dbb22.jpg')
 
-A tar is read through once for the places of its members; nothing is unpacked.
+A tar is read through once for the places of its members, of a zip the list that it has;
+nothing is unpacked.
 """
 
 import dataclasses
@@ -12,13 +13,13 @@ import os
 import posixpath
 import tarfile
 
-from mmjax.data import paths
+from mmjax.data import paths, zips
 from mmjax.data.document import BadDocument
 
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-  """A folder, or a file NAME.tar."""
+  """A folder, or a file NAME.tar or NAME.zip."""
 
   path: str
 
@@ -26,11 +27,14 @@ class Folder:
     """The bytes of a file.
 
     Raises:
-      BadDocument: 'missing_file', 'path_outside', or 'image_remote' for a URL.
-      ValueError: a tar that can't be read.
+      BadDocument: 'missing_file', 'path_outside', or 'image_remote' for a URL; of a
+        zip 'too_large' and 'bad_zip'.
+      ValueError: a tar or zip that can't be read.
     """
     path = paths.inside(self.path, name)
     try:
+      if self.path.endswith('.zip'):
+        return zips.read(self.path, posixpath.normpath(name))
       if not self.path.endswith('.tar'):
         return paths.read(path)
       return paths.read(self.path, *_members(self.path)[posixpath.normpath(name)])

@@ -11,12 +11,13 @@ An image stands where its mark stands. All turns are one document without branch
 was said before is seen. What the assistant says is trained.
 """
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mmjax.data import paths
+from mmjax.data import paths, zips
 from mmjax.data.annotations import Annotations
 from mmjax.data.document import BadDocument, Document
 from mmjax.data.folder import Folder
@@ -26,10 +27,10 @@ from mmjax.data.source import Found
 
 @dataclasses.dataclass(frozen=True)
 class Llava(Annotations):
-  """Dialogues of JSON files (a list), or of .jsonl (a line each).
+  """Dialogues of JSON files (a list), or of .jsonl or .jsonl.zip (a line each).
 
   files: a pattern, see `paths.expand`.
-  images: the folder (or .tar) of the images; by default that of the file.
+  images: the folder (or .tar or .zip) of the images; by default that of the file.
   split, test_share: see `source.Files`.
 
   Dropped by reason: 'missing_file', 'path_outside', 'image_remote', 'bad_turn',
@@ -103,18 +104,28 @@ class Llava(Annotations):
 
 
 def _is_lines(file: str) -> bool:
-  return file.endswith(('.jsonl', '.ndjson'))
+  return file.endswith(('.jsonl', '.ndjson', '.jsonl.zip'))
 
 
 def json_lines(file: str) -> Iterator[tuple[int, Any]]:
-  """(number from 1, value or BadDocument 'bad_json') of each line that isn't empty.
+  """(number from 1, value or BadDocument) of each line that isn't empty.
+
+  file: of lines, or NAME.zip of such, see `data.zips`.
+
+  Bad are 'bad_json', and what `zips.lines` says.
 
   Raises:
     OSError: the file isn't there or can't be read.
   """
-  with paths.open_file(file) as lines:
+  if file.endswith('.zip'):
+    lines = contextlib.closing(zips.lines(file))
+  else:
+    lines = paths.open_file(file)
+  with lines as lines:
     for number, line in enumerate(lines, 1):
-      if line.strip():
+      if isinstance(line, BadDocument):
+        yield number, line
+      elif line.strip():
         try:
           yield number, json.loads(line)
         except (ValueError, RecursionError) as error:

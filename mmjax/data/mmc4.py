@@ -8,8 +8,8 @@
   'A bus.', image, 'It is red. ...'
 
 An image stands right before its sentence. Sentences without an image between them are
-one text. The set has the images' addresses only; they are fetched by others, under their
-image_name.
+one text. The set comes as a .jsonl.zip per shard, and has the images' addresses only;
+they are fetched by others, under their image_name.
 """
 
 import dataclasses
@@ -27,15 +27,17 @@ from mmjax.data.source import Files, Found
 class Mmc4(Files):
   """Pages of .jsonl files; all text is trained.
 
-  files: a pattern of docs_*.jsonl, see `paths.expand`; a piece is a file.
-  images: the folder (or .tar) of the images.
+  files: a pattern of docs_*.jsonl.zip, or of .jsonl, see `paths.expand`; a piece is a
+    file.
+  images: the folder (or .tar or .zip) of the images.
   min_images: pages of fewer are left out.
   split, test_share: see `source.Files`.
 
   A document's meta has 'similarities', CLIP's of each image and its sentence.
 
   Dropped by reason: 'missing_file' and 'path_outside' (images), 'bad_index' (an image
-  matched to no sentence), 'few_images', 'bad_line', 'bad_json'.
+  matched to no sentence), 'few_images', 'bad_line', 'bad_json'; of zips 'bad_zip',
+  'too_large' and 'path_outside', too.
   """
 
   files: str

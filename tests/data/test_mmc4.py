@@ -1,6 +1,7 @@
 """Pages of Multimodal C4; made here."""
 
 import json
+import zipfile
 
 import pytest
 from published import found, picture, reasons
@@ -66,3 +67,20 @@ def test_what_cannot_be_used_is_counted(tmp_path):
   assert [s for _, s in good.values()][1:] == [[('x', True, 0)]] * 2
   with pytest.raises(ValueError, match='name the folder of images by the option images'):
     found(spec)
+
+
+def test_shards_as_published_are_zips_of_lines(tmp_path):
+  plain, images = write(tmp_path, [page(['One.', 'Two.'], [('b.png', 1), ('a.jpg', 0)])])
+  want = found(plain, images=images)[0]
+  (shard,) = tmp_path.glob('*.jsonl')
+  with zipfile.ZipFile(f'{shard}.zip', 'w', zipfile.ZIP_DEFLATED) as archive:
+    archive.write(shard, shard.name)
+  with zipfile.ZipFile(tmp_path / 'images.zip', 'w') as archive:
+    for file in (tmp_path / 'images').iterdir():
+      archive.write(file, file.name)
+  (tmp_path / 'docs_no_face_shard_1_v3.jsonl.zip').write_bytes(b'no zip')
+  spec = f'mmc4:{tmp_path}/docs_no_face_shard_{{0..2}}_v3.jsonl.zip'
+  good, bad = found(spec, images=str(tmp_path / 'images.zip'))
+  assert list(good.values()) == list(want.values())
+  assert list(good) == ['docs_no_face_shard_0_v3.jsonl.zip#1']
+  assert reasons(bad) == ['bad_zip', 'missing_file']
