@@ -40,7 +40,7 @@ class Parquet(Files):
 
   files: a pattern, see `paths.expand`; a piece is a row group.
   image, text, prompt: columns; 'none' for image says that there is none.
-  images: the folder (or .tar, .zip) for images that a file names but doesn't hold. A URL's
+  images: the folder (or .tar, .zip) for images that a file names but lacks. A URL's
     is there under the SHA-256 of the URL in hex digits.
   min_images: pages of fewer are left out.
   split, test_share: see `source.Files`.

@@ -30,7 +30,7 @@ class Vqa2(Annotations):
   """Images in the order of their first question, with all their questions.
 
   files: 'QUESTIONS.json,ANNOTATIONS.json'; both patterns, see `paths.expand`.
-  images: the folder (or .tar, .zip) of the images; by default the folder that the questions
+  images: the folder (or .tar, .zip) of images; by default the folder that the questions
     call their data_subtype (train2014), beside them. Names are those of COCO 2014
     (COCO_train2014_000000458752.jpg) or of 2017 (000000458752.jpg).
   split, test_share: see `source.Files`.
