@@ -18,12 +18,12 @@ import functools
 import hashlib
 import io
 import os
-import pathlib
+import posixpath
 import re
 import urllib.parse
 from collections.abc import Iterator, Sequence
 
-from mmjax.data import media
+from mmjax.data import media, paths
 from mmjax.data.document import BadDocument, Document, Image, Text
 from mmjax.data.page import Block, read_page
 from mmjax.data.page import pieces as cut_page
@@ -38,8 +38,8 @@ _PIECE = 16  # pages
 class Html(Source):
   """Folders of HTML pages (offline manuals, say); all text is trained.
 
-  folders: one or several, 'DIR,DIR'. 'DIR:PATTERN' takes only pages whose file name
-    matches, as in 'opencv4/html:tutorial_*'.
+  folders: one or several, 'DIR,DIR', also of buckets, see `data.paths`. 'DIR:PATTERN'
+    takes only pages whose file name matches, as in 'opencv4/html:tutorial_*'.
   max_words, max_images: of a piece.
   min_images: pieces of fewer are left out.
   min_side, max_aspect: of an image, in pixels and as long : short side.
@@ -81,7 +81,7 @@ class Html(Source):
     found = hashlib.sha256()
     try:
       for name, page in self._pages:
-        found.update(repr((name, page.digest, page.blocks)).encode())
+        found.update(repr((name, page.digest, page.blocks, page.images)).encode())
     except ValueError:
       return None
     return found.hexdigest()
@@ -134,7 +134,7 @@ class Html(Source):
         spans.append(Text('\n'.join(lines), True))
         lines = []
       if block is not None:
-        spans.append(Image(shrink(pathlib.Path(block.value).read_bytes(), self.max_side)))
+        spans.append(Image(shrink(paths.read(block.value), self.max_side)))
     return tuple(spans)
 
   @functools.cached_property
@@ -142,18 +142,18 @@ class Html(Source):
     """(name, page) of all folders. Images that were left out are no blocks any more."""
     roots = []
     for entry in self.folders.split(','):
-      folder, _, pattern = entry.partition(':')
-      path = pathlib.Path(folder)
-      if not path.is_dir():
+      folder, pattern = re.fullmatch(r'((?:\w+://)?[^:]*):?(.*)', entry).groups()
+      if not paths.is_dir(folder):
         raise ValueError(f'source html: no folder {folder!r}')
-      roots.append((path.resolve(), pattern or '*'))
-    common = os.path.commonpath([root for root, _ in roots])
+      root = folder.rstrip('/') if paths.scheme(folder) else os.path.realpath(folder)
+      roots.append((root, pattern or '*'))
+    common = os.path.commonpath([_place(root) for root, _ in roots])
     found = []
     for root, pattern in roots:
       pages = read_folder(root, pattern, self)
       if not pages:
-        raise ValueError(f'source html: no page {pattern!r} in {str(root)!r}')
-      inside = os.path.relpath(root, common)
+        raise ValueError(f'source html: no page {pattern!r} in {root!r}')
+      inside = os.path.relpath(_place(root), common)
       found += [(os.path.normpath(f'{inside}/{page.path}'), page) for page in pages]
     return found
 
@@ -173,15 +173,20 @@ class Page:
   images: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def read_folder(root: pathlib.Path, pattern: str, rules: Html) -> list[Page]:
+def _place(root: str) -> str:
+  return f'/{root}' if paths.scheme(root) else root
+
+
+def read_folder(root: str, pattern: str, rules: Html) -> list[Page]:
   """All pages under a folder, sorted by path; image blocks hold paths of good files."""
   pages, pictures, on_pages = [], {}, collections.Counter()
-  for path in sorted(_files(root)):
-    if not fnmatch.fnmatch(os.path.basename(path), pattern):
+  for path in sorted(paths.files(root)):
+    name = os.path.basename(path)
+    if not name.lower().endswith(_SUFFIXES) or not fnmatch.fnmatch(name, pattern):
       continue
     bad = []
     try:
-      content = _inside(root, '', path).read_bytes()
+      content = _read(root, paths.inside(root, path))
       blocks = read_page(content, rules.figures_first)
     except BadDocument as error:
       content, blocks = b'', []
@@ -192,14 +197,14 @@ def read_folder(root: pathlib.Path, pattern: str, rules: Html) -> list[Page]:
         kept.append(block)
         continue
       try:
-        file = _inside(root, os.path.dirname(path), block.value)
+        file = _linked(root, os.path.dirname(path), block.value)
         if file not in pictures:
-          pictures[file] = _picture(file)
-        kept.append(Block('image', str(file)))
+          pictures[file] = _picture(_read(root, file))
+        kept.append(Block('image', file))
       except BadDocument as error:
         bad.append(BadDocument(error.reason, f'{path}: {error.message}'))
     pages.append(Page(path, hashlib.sha256(content).hexdigest(), kept, bad))
-    hashes = {pictures[pathlib.Path(b.value)][0] for b in kept if b.kind == 'image'}
+    hashes = {pictures[b.value][0] for b in kept if b.kind == 'image'}
     on_pages.update(hashes)
 
   most = max(_FEW, rules.max_share * len(pages))
@@ -208,10 +213,10 @@ def read_folder(root: pathlib.Path, pattern: str, rules: Html) -> list[Page]:
     for block in page.blocks:
       reason = ''
       if block.kind == 'image':
-        digest, size = pictures[pathlib.Path(block.value)]
+        digest, size = pictures[block.value]
         reason = _wrong(size, rules) or ('furniture' if on_pages[digest] > most else '')
       if reason:
-        name = os.path.relpath(block.value, root)
+        name = block.value.removeprefix(f'{root}/')
         page.bad.append(BadDocument(f'image_{reason}', f'{page.path}: {name}'))
       else:
         kept.append(block)
@@ -221,38 +226,30 @@ def read_folder(root: pathlib.Path, pattern: str, rules: Html) -> list[Page]:
   return pages
 
 
-def _files(root: pathlib.Path) -> Iterator[str]:
-  for folder, _, names in os.walk(root):
-    for name in names:
-      if name.lower().endswith(_SUFFIXES):
-        yield os.path.relpath(os.path.join(folder, name), root)
-
-
-def _inside(root: pathlib.Path, folder: str, link: str) -> pathlib.Path:
+def _linked(root: str, folder: str, link: str) -> str:
   """The file that a link of a page in `folder` means.
 
   Raises:
-    BadDocument: 'image_remote', 'path_outside' or 'missing_file'.
+    BadDocument: 'image_remote' or 'path_outside'.
   """
   if re.match(r'(\w[\w+.-]*:|//)', link):
     raise BadDocument('image_remote', link[:60])
   link = urllib.parse.unquote(re.split('[?#]', link)[0])
+  return paths.inside(root, posixpath.join(folder, link))
+
+
+def _read(root: str, file: str) -> bytes:
   try:
-    path = (root / folder / link).resolve()
-    if link.startswith('/') or not path.is_relative_to(root):
-      raise BadDocument('path_outside', f'{link!a} leaves the folder')
-    if not path.is_file():
-      raise BadDocument('missing_file', f'{link!a}')
-  except (OSError, ValueError, RuntimeError) as error:
-    if isinstance(error, BadDocument):
-      raise
-    raise BadDocument('missing_file', f'{link!a}: {error}') from None
-  return path
+    if paths.is_file(file):
+      return paths.read(file)
+    why = ''
+  except (OSError, ValueError) as error:
+    why = f': {error}'
+  raise BadDocument('missing_file', f'{file.removeprefix(f"{root}/")!a}{why}')
 
 
-def _picture(file: pathlib.Path) -> tuple[str, tuple[int, int] | None]:
-  """(hash of the file, size as its header says); no size if it is no image."""
-  content = file.read_bytes()
+def _picture(content: bytes) -> tuple[str, tuple[int, int] | None]:
+  """(hash of a file, size as its header says); no size if it is no image."""
   try:
     size = media.image_size(content)
   except BadDocument:

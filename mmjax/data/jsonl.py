@@ -5,7 +5,8 @@
    "id": "7", "split": "train", "meta": {"types": ["animal"]}}
 
 Spans may have "branch": 1, ... (see `data.document`); "id" is the line's number if it
-isn't given, "split" is train. Paths are relative to the file.
+isn't given, "split" is train. Paths are relative to the file, which may be in a bucket,
+see `data.paths`.
 """
 
 import dataclasses
@@ -13,11 +14,12 @@ import functools
 import hashlib
 import io
 import json
-import pathlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from mmjax.data import paths
 from mmjax.data.document import Audio, BadDocument, Document, Image, Text, Video
 from mmjax.data.source import Record, Source, parse_range
 
@@ -48,11 +50,11 @@ class Jsonl(Source):
   @functools.cached_property
   def _scan(self) -> tuple[str, list[str]]:
     """(hash of the file, pieces 'line FIRST bytes START:END'), in one reading."""
-    if not pathlib.Path(self.file).is_file():
+    if not paths.is_file(self.file):
       raise ValueError(f'source {self.file}: no such file')
     digest, pieces = hashlib.sha256(), []
     first, start, end = 1, 0, 0
-    with open(self.file, 'rb') as file:
+    with paths.open_file(self.file) as file:
       for number, line in enumerate(file, 1):
         digest.update(line)
         end += len(line)
@@ -64,13 +66,10 @@ class Jsonl(Source):
     return digest.hexdigest(), pieces
 
   def read(self, piece: str, splits: Sequence[str] | None = None) -> Iterator[Record]:
-    path = pathlib.Path(self.file)
     name, start, end = parse_range(piece)
-    with open(path, 'rb') as file:
-      file.seek(start)
-      content = file.read(end - start)
+    content = paths.read(self.file, start, end - start)
     if len(content) < end - start:
-      raise ValueError(f'source {path}: it was cut while it was read')
+      raise ValueError(f'source {self.file}: it was cut while it was read')
     for number, line in enumerate(io.BytesIO(content), int(name.split()[1])):
       if not line.strip():
         continue
@@ -81,9 +80,9 @@ class Jsonl(Source):
         if not isinstance(split, str) or not re.fullmatch(r'\w[\w.-]*', split):
           raise BadDocument('bad_split', f'{split!a}')
         if splits is None or split in splits:
-          yield split, _line(tree, path.parent.resolve(), str(number))
+          yield split, _line(tree, paths.parent(self.file), str(number))
       except BadDocument as error:
-        where = f'{path.name} line {number}: {error.message}'
+        where = f'{os.path.basename(self.file)} line {number}: {error.message}'
         yield str(split), BadDocument(error.reason, where)
 
 
@@ -97,11 +96,12 @@ def _object(line: bytes) -> dict[str, Any]:
   return tree
 
 
-def _line(tree: dict[str, Any], folder: pathlib.Path, name: str) -> Document:
+def _line(tree: dict[str, Any], folder: str, name: str) -> Document:
   """The document of a line.
 
   Raises:
-    BadDocument: 'bad_line', 'unknown_span', 'path_outside' or 'missing_file'.
+    BadDocument: 'bad_line', 'unknown_span', 'path_outside', 'image_remote' (a URL) or
+      'missing_file'.
   """
   meta = tree.get('meta', {})
   if not isinstance(meta, dict) or not all(map(_is_meta, meta.values())):
@@ -145,12 +145,9 @@ def _is_meta(value) -> bool:
   return isinstance(value, str)
 
 
-def _file(folder: pathlib.Path, name: str) -> bytes:
+def _file(folder: str, name: str) -> bytes:
   try:
-    path = (folder / name).resolve()
-    if pathlib.PurePath(name).is_absolute() or not path.is_relative_to(folder):
-      raise BadDocument('path_outside', f'{name!a} leaves the folder of the file')
-    return path.read_bytes()
+    return paths.read(paths.inside(folder, name))
   except BadDocument:
     raise
   except (OSError, ValueError, RuntimeError) as error:

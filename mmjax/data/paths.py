@@ -13,7 +13,7 @@ import hashlib
 import os
 import posixpath
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 from mmjax.data.document import BadDocument
@@ -83,6 +83,25 @@ def is_dir(path: str | os.PathLike) -> bool:
   """Whether there is such a folder (in a bucket: anything below that name)."""
   path = os.fspath(path)
   return _system(path).isdir(path) if scheme(path) else os.path.isdir(path)
+
+
+def is_file(path: str | os.PathLike) -> bool:
+  """Whether there is such a plain file."""
+  path = os.fspath(path)
+  return _system(path).isfile(path) if scheme(path) else os.path.isfile(path)
+
+
+def files(folder: str | os.PathLike) -> Iterator[str]:
+  """Names, from the folder on, of all files in it and below, in no order."""
+  folder = os.fspath(folder)
+  if kind := scheme(folder):
+    root = folder.removeprefix(f'{kind}://').strip('/')
+    for name in _system(folder).find(folder):
+      yield name.strip('/').removeprefix(f'{root}/')
+    return
+  for here, _, names in os.walk(folder):
+    for name in names:
+      yield os.path.relpath(os.path.join(here, name), folder)
 
 
 def size(path: str | os.PathLike) -> int:

@@ -5,6 +5,7 @@ import os
 import pathlib
 import random
 
+import fsspec
 import numpy as np
 import PIL.Image
 import pytest
@@ -119,6 +120,31 @@ def test_encodings(content, want):
   assert [b.value for b in read_page(content)] == [want]
 
 
+def test_pages_in_a_bucket_are_as_on_a_disk(manual, tmp_path):
+  (manual / 'sub').mkdir()
+  (manual / 'sub' / 'deep.HTM').write_text(
+    '<p>a</p><img src="../images/3 a.png"><img src="../../x.png"><img src="no.png">'
+  )
+  bucket = f'memory://{tmp_path.name}/a/manual'
+  fsspec.filesystem('memory').put(str(manual), bucket, recursive=True)
+  good, bad = found(bucket)
+  want, want_bad = found(manual)
+  assert [d.id for _, d in good][-1] == 'sub/deep.HTM#0'
+  assert repr(good) == repr(want)
+  assert [str(e) for e in bad] == [str(e) for e in want_bad]
+  assert {'missing_file', 'path_outside', 'image_furniture'} <= set(reasons(bad))
+  before = Html(bucket).fingerprint()
+  assert before == Html(bucket).fingerprint()
+  fsspec.filesystem('memory').pipe_file(f'{bucket}/images/3 a.png', picture(77))
+  assert before != Html(bucket).fingerprint()
+  few, _ = found(f'{manual}:page[12].html,{bucket}:page3*')
+  assert [d.id.rpartition('/')[2] for _, d in few] == [
+    f'page{i}.html#0' for i in (1, 2, 3)
+  ]
+  with pytest.raises(ValueError, match='no folder .memory://nowhere'):
+    found('memory://nowhere')
+
+
 def test_what_cannot_be_used_is_counted(manual, tmp_path):
   (tmp_path / 'secret.png').write_bytes(picture(9))
   (tmp_path / 'secret.html').write_text('secret')
@@ -136,7 +162,7 @@ def test_what_cannot_be_used_is_counted(manual, tmp_path):
   assert not [d for _, d in good if d.id == 'page0.html#0']
   mine = [e for e in bad if e.message.startswith(('page0', 'link', 'empty'))]
   want = ['few_images', 'image_thin', 'image_unreadable', 'not_html']
-  want += ['image_remote'] * 3 + ['missing_file'] * 3 + ['path_outside'] * 4
+  want += ['image_remote'] * 3 + ['missing_file'] * 2 + ['path_outside'] * 5
   assert reasons(mine) == sorted(want)
   good, _ = found(manual, min_images=0)
   assert [d.spans for _, d in good if d.id == 'page0.html#0'] == [(Text('a\nb', True),)]
@@ -305,7 +331,7 @@ def test_pages_with_two_images_of_real_manuals(package, pattern, pages, images):
   root = pathlib.Path(os.environ.get('REFDATA', '')) / 'deb' / package
   if 'REFDATA' not in os.environ or not root.is_dir():
     pytest.skip(f'{package} is not unpacked in $REFDATA/deb (apt-get download {package})')
-  read = html.read_folder(root, pattern, Html(str(root), max_aspect=1e9))
+  read = html.read_folder(str(root), pattern, Html(str(root), max_aspect=1e9))
   shown = [{b.value for b in page.blocks if b.kind == 'image'} for page in read]
   assert sum(len(one) >= 2 for one in shown) == pages
   assert len(set().union(*shown)) == images

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 
+import fsspec
 import numpy as np
 import PIL.Image
 import pytest
@@ -102,6 +103,28 @@ def test_sound_and_video_are_carried_as_files(folder):
   assert data.index.item_size.tolist() == [[80, height, width], [80, 8000, 1]]
 
 
+def test_jsonl_in_a_bucket_is_as_on_a_disk(folder, monkeypatch):
+  bad = ({'spans': [{'image': name}]} for name in ('../secret.png', 'nowhere.png'))
+  write(folder, *bad, mode='a')
+  monkeypatch.setattr('mmjax.data.jsonl._LINES', 2)
+  bucket = f'memory://{folder.parent.name}'
+  fsspec.filesystem('memory').put(str(folder), f'{bucket}/in', recursive=True)
+  there = sources.build(f'jsonl:{bucket}/in/d.jsonl')
+  here = sources.build(f'jsonl:{folder / "d.jsonl"}')
+  assert list(there.pieces()) == list(here.pieces()) and len(here.pieces()) > 1
+  assert there.fingerprint() == here.fingerprint()
+
+  def told(record):
+    split, got = record
+    return split, got.reason if isinstance(got, BadDocument) else repr(got)
+
+  assert [told(r) for r in there.records()] == [told(r) for r in here.records()]
+  meta = prepare(f'jsonl:{bucket}/in/d.jsonl', folder / 'out', progress=False)
+  assert meta['dropped'] == {'missing_file': 1, 'path_outside': 1}
+  assert Dataset(folder / 'out', 'train')[0].spans[0].content == png('red')
+  refuses('no such file', f'jsonl:{bucket}/no.jsonl', folder / 'other')
+
+
 BAD = [
   ('{"spans": [', 'bad_json'),
   ('[' * 10**5, 'bad_json'),
@@ -122,7 +145,7 @@ BAD = [
   ({'spans': [{'text': 'a', 'image': 'images/a.png'}]}, 'unknown_span'),
   ({'spans': [{'image': 'nowhere.png'}]}, 'missing_file'),
   ({'spans': [{'image': 'images'}]}, 'missing_file'),
-  ({'spans': [{'image': 'a\0b'}]}, 'missing_file'),
+  ({'spans': [{'image': 'a\0b'}]}, 'path_outside'),
   ({'spans': [{'image': '../secret.png'}]}, 'path_outside'),
   ({'spans': [{'image': '/etc/hostname'}]}, 'path_outside'),
   ({'spans': [{'image': 'link.png'}]}, 'path_outside'),
