@@ -25,7 +25,8 @@ processes of their own; rounds alternate; medians are reported, one JSON line pe
 all its processes for an image: it says more than the clock where the machine has other
 work.
 
-  python benchmarks/data.py --memory          # resident set over 100,000 documents
+  python benchmarks/data.py --memory          # resident set over 100,000 documents, of
+                                              # all processes, without workers and with
 """
 
 import argparse
@@ -369,9 +370,17 @@ def run(case, out, args):
   return results
 
 
-def memory(documents=100_000, first=10_000, size=10_000):
-  """Resident MB after `first` and after all documents, through the pipeline."""
+def resident():
+  """MB of this process and its children; what they share counts for each."""
   import psutil
+
+  this = psutil.Process()
+  processes = (this, *this.children(recursive=True))
+  return round(sum(p.memory_info().rss for p in processes) / 1e6, 1)
+
+
+def memory(workers, documents=100_000, first=10_000, size=10_000):
+  """Resident MB after `first` and after all documents, through the pipeline."""
 
   from mmjax.batch import BankBudget, Budget
   from mmjax.data import tokenizer
@@ -393,7 +402,7 @@ def memory(documents=100_000, first=10_000, size=10_000):
     pipeline = Pipeline(
       Dataset(path, 'train'), budget=Budget(512, 512, {'image': BankBudget(32, 8, 192)}),
       rows=rows, rules={'image': ImageRule(8, size=16, resample='area')},
-      slots=item_slots, augment=('mirror', 'crop', 'colour'),
+      slots=item_slots, augment=('mirror', 'crop', 'colour'), workers=workers,
     )  # fmt: skip
     seen, found = 0, {}
     steps = pipeline.iterate()
@@ -401,7 +410,7 @@ def memory(documents=100_000, first=10_000, size=10_000):
       seen += int(step.stats['documents'])
       for mark in (first, documents):
         if seen >= mark and mark not in found:
-          found[mark] = round(psutil.Process().memory_info().rss / 1e6, 1)
+          found[mark] = resident()
       if seen >= documents:
         break
     steps.close()
@@ -423,7 +432,9 @@ def main():
   if args.serve:
     serve(args.serve, args.out, args.case, args.workers, args.images)
   elif args.memory:
-    print(json.dumps({'benchmark': 'data', 'case': 'memory', 'resident_mb': memory()}))
+    for workers in (0, 1):
+      facts = {'benchmark': 'data', 'case': 'memory', 'workers': workers}
+      print(json.dumps({**facts, 'resident_mb': memory(workers)}), flush=True)
   else:
     with tempfile.TemporaryDirectory() as out:
       make_files(args.photos, out)

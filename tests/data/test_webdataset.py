@@ -179,6 +179,21 @@ def test_a_shard_that_vanishes(shards):
     found(f'webdataset:{shards}/{{00007..00009}}.tar')
 
 
+def test_a_shard_that_vanishes_between_two_preparations(shards, tmp_path):
+  for i, files in enumerate(('{00000..00002}.tar', '*.tar')):
+    spec, out = f'webdataset:{shards}/{files}', tmp_path / f'out{i}'
+    whole = prepare(spec, out, progress=False)
+    gone = (shards / '00001.tar').read_bytes()
+    (shards / '00001.tar').unlink()
+    with pytest.raises(ValueError, match="was prepared with fingerprint='.*remove it"):
+      prepare(spec, out, progress=False)  # what is there is of other data
+    less = prepare(spec, tmp_path / f'new{i}', progress=False)
+    assert less['dropped'] == ({'missing_file': 1} if '{' in spec else {})
+    (shards / '00001.tar').write_bytes(gone)
+    assert prepare(spec, out, progress=False) == whole
+    assert less['splits']['train']['documents'] < whole['splits']['train']['documents']
+
+
 def test_splits_by_name_option_and_share(shards):
   for i, split in enumerate(('train', 'val', 'test')):
     (shards / f'{i:05d}.tar').rename(shards / f'cc-{split}-{i}.tar')
