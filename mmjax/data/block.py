@@ -81,7 +81,8 @@ class Ring:
     self._start = -(-self._count // mmap.PAGESIZE) * mmap.PAGESIZE
     self._path = self._memory = None
     if hasattr(os, 'memfd_create'):
-      file = os.memfd_create('mmjax')
+      self._name = f'mmjax-{os.urandom(8).hex()}'
+      file = os.memfd_create(self._name)
       weakref.finalize(self, os.close, file)
       os.ftruncate(file, self._start + self._count * self._apart)
       self._path = f'/proc/{os.getpid()}/fd/{file}'
@@ -95,8 +96,12 @@ class Ring:
     if self._memory is None and self._path is not None:
       try:
         with open(self._path, 'r+b') as file:
-          self._memory = mmap.mmap(file.fileno(), 0)
+          # If the parent has closed it by now, the number may be another file's.
+          if self._name in os.readlink(f'/proc/self/fd/{file.fileno()}'):
+            self._memory = mmap.mmap(file.fileno(), 0)
       except OSError:
+        pass
+      if self._memory is None:
         self._path = None
     if self._memory is None:
       return None

@@ -123,10 +123,16 @@ def test_nothing_is_left_behind():
   assert (len(files()), mapped()) == before
 
 
-def test_without_such_memory_there_is_no_block(monkeypatch):
+def test_without_such_memory_there_is_no_block(tmp_path, monkeypatch):
   parent, worker, other = ring()
   assert worker.take(0)
   monkeypatch.setattr(other, '_path', '/proc/self/no')
   assert other.take(0) is None
+  (tmp_path / 'file').write_bytes(bytes(2**16))  # of someone else
+  for path in (f'{tmp_path}/file', str(tmp_path)):
+    another = pickle.loads(pickle.dumps(parent))
+    monkeypatch.setattr(another, '_path', path)
+    assert another.take(0) is None
+  assert not any((tmp_path / 'file').read_bytes())
   monkeypatch.delattr(os, 'memfd_create')
   assert all(one.take(0) is None for one in ring())
