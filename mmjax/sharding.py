@@ -278,6 +278,16 @@ def outside():
     _rules.reset(token)
 
 
+@contextlib.contextmanager
+def changed(**axes: MeshAxes):
+  """Inside, `constrain` goes by the rules in use but for these."""
+  token = _rules.set({**(_rules.get() or {}), **axes})
+  try:
+    yield
+  finally:
+    _rules.reset(token)
+
+
 def inside() -> bool:
   """Whether this is inside of `use`."""
   return _rules.get() is not None

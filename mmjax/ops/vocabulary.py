@@ -15,8 +15,16 @@ which no other block adds to, and into a part of the hidden's:
 Where the words are split over devices ('act_vocab'), each device walks its own, and
 statistics and hidden gradients are joined after the last block: logits never move. If
 one block holds all words, its logits are kept for the way back.
+
+A kernel whose width is split (fsdp) would be gathered whole by every device, twice, and
+its gradient added up over all. Where those devices have fewer places than there are
+words, the places move instead: each device gets those of all, for its share of words.
+
+  places    a | b | c | d      moved: a b c d, and back d hidden of each
+  words     0 | 1 | 2 | 3      stay, once a kernel's pieces of width are pieces of words
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -27,7 +35,7 @@ import jax.numpy as jnp
 
 from mmjax.ops.linear import linear
 from mmjax.shape import check
-from mmjax.sharding import constrain, device, parts
+from mmjax.sharding import changed, constrain, device, mesh_axes, parts
 
 LIMIT = 2**28  # bytes of f32 logits that a device holds at one time
 
@@ -113,6 +121,21 @@ def _stats(limit, hidden, head, tokens):
 
 def _forward(limit, hidden, head, tokens):
   """hidden f[..., D], tokens i32[...] -> `LogProbs`, and what the way back needs."""
+  lead = _lead(hidden)
+  with _meeting(limit, hidden, head):
+    out, kept = _walk(
+      limit, constrain(hidden, *lead, None), head, constrain(tokens, *lead)
+    )
+  return LogProbs(*(constrain(x, *lead) for x in out)), (
+    hidden,
+    head,
+    tokens,
+    out.log_z,
+    kept,
+  )
+
+
+def _walk(limit, hidden, head, tokens):
   found, kept, first = [], [], 0
   for kernel, axes in zip(head.kernels, head.axes):
     part = _Part(limit, hidden, kernel, axes, head.soft_cap)
@@ -127,13 +150,23 @@ def _forward(limit, hidden, head, tokens):
     *map(functools.partial(jnp.concatenate, axis=-1), zip(*found))
   )
   log_z = (top + jnp.log(total))[..., 0]
-  out = LogProbs(log_z, right[..., 0], best[..., 0])
-  return out, (hidden, head, tokens, log_z, tuple(kept))
+  return LogProbs(log_z, right[..., 0], best[..., 0]), tuple(kept)
 
 
 def _backward(limit, residuals, cotangents):
   hidden, head, tokens, log_z, kept = residuals
-  d_log_z, d_right, _ = cotangents
+  lead, cotangents = _lead(hidden), cotangents[:2]
+  with _meeting(limit, hidden, head):
+    moved = (constrain(x, *lead) for x in (tokens, log_z, *cotangents))
+    d_hidden, d_kernels = _walk_back(
+      limit, constrain(hidden, *lead, None), head, kept, *moved
+    )
+  d_hidden = constrain(d_hidden, *lead, None).astype(hidden.dtype)
+  d_kernels = (constrain(d, *axes) for d, axes in zip(d_kernels, head.axes))
+  return d_hidden, dataclasses.replace(head, kernels=tuple(d_kernels)), None
+
+
+def _walk_back(limit, hidden, head, kept, tokens, log_z, d_log_z, d_right):
   d_hidden, d_kernels, first = jnp.zeros(hidden.shape, jnp.float32), [], 0
   for kernel, axes, logits in zip(head.kernels, head.axes, kept):
     part = _Part(limit, hidden, kernel, axes, head.soft_cap)
@@ -153,13 +186,33 @@ def _backward(limit, residuals, cotangents):
     mine = jnp.zeros((*tokens.shape, part.devices, hidden.shape[-1]), jnp.float32)
     mine, d_kernel = part.walk(step, (mine, part.split(jnp.zeros_like(kernel))))
     d_hidden = d_hidden + jnp.sum(mine, -2)
-    d_kernels.append(constrain(d_kernel.reshape(kernel.shape), *axes))
+    d_kernels.append(d_kernel.reshape(kernel.shape))
     first += part.devices * part.words
-  d_head = dataclasses.replace(head, kernels=tuple(d_kernels))
-  return d_hidden.astype(hidden.dtype), d_head, None
+  return d_hidden, d_kernels
 
 
 _stats.defvjp(_forward, _backward)
+
+
+def _lead(hidden):
+  return ('batch', 'seq')[: hidden.ndim - 1]
+
+
+def _meeting(limit, hidden, head):
+  """The rules under which places and words meet: those in use, or those of above."""
+  rows, width, words = (mesh_axes(x) for x in ('batch', 'embed', 'act_vocab'))
+  others = rows[: len(rows) - len(width)]
+  if not width or rows[len(others) :] != width:
+    return contextlib.nullcontext()
+  stay = dict(batch=others, act_vocab=words + width, embed=None)
+  with changed(**stay):
+    places = math.prod(hidden.shape[:-1]) // math.prod(map(parts, _lead(hidden)))
+    devices = parts('act_vocab')
+  fewer = 4 * places * hidden.shape[-1] <= limit  # their gradient's bytes
+  for kernel, axes in zip(head.kernels, head.axes):
+    V = kernel.size // hidden.shape[-1]
+    fewer &= 'vocab' in axes and V % devices == 0 and places < V // parts('act_vocab')
+  return changed(**stay) if fewer else contextlib.nullcontext()
 
 
 class _Part:

@@ -164,6 +164,23 @@ def test_devices_send_statistics_and_kernels_but_no_logits():
   )
 
 
+def test_of_few_places_it_is_they_that_move():
+  """24 places and 320 words on 8 devices: no device has the whole kernel, [320, 8]."""
+  hidden, head, *rest = example()
+  hidden = np.pad(hidden, ((0, 0), (0, 0), (0, 2)))
+  head = Head((np.pad(head.kernels[0], ((0, 0), (0, 2))),), TIED)
+  largest = {}
+  for limit in (24 * 8 * 4 - 1, 24 * 8 * 4):  # bytes of the places' gradient
+    compiled, _ = on_mesh(dict(fsdp=8), {}, (hidden, head, *rest), limit)
+    arrays = re.findall(
+      r'= \(?\w+\[([\d,]*)\]\S* all-(?:gather|reduce)\(', compiled.as_text()
+    )
+    sizes = [int(np.prod([int(n) for n in a.split(',') if n])) for a in arrays]
+    largest[limit] = max(sizes)
+  few, many = largest.values()
+  assert few > 24 * 8 >= many
+
+
 def test_memory_does_not_grow_with_the_vocabulary():
   hidden, _, tokens, _ = example()
   hidden, tokens = np.tile(hidden, (8, 8, 1)), np.tile(tokens, (8, 8))
