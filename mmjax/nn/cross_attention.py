@@ -108,9 +108,18 @@ class CrossAttention(nn.Module):
     return KV.of(project('key'), project('value'))
 
   def __call__(
-    self, x: jax.Array, kv: KV, query_tags: QueryTags, key_tags: KeyTags
+    self,
+    x: jax.Array,
+    kv: KV,
+    query_tags: QueryTags,
+    key_tags: KeyTags,
+    scale: jax.Array | None = None,
   ) -> jax.Array:
-    """x f[B, T, D], kv from `keys`, tags i32[B, T] and i32[B, S] -> f[B, T, D]."""
+    """x f[B, T, D], kv from `keys`, tags i32[B, T] and i32[B, S] -> f[B, T, D].
+
+    Args:
+      scale: f[] or f[D], a factor of the result.
+    """
     check('B T D', x, 'B N S H', kv.key, 'B T', query_tags.segment_ids)
     c = self.config
     q = self._biased(linear(x, self.query), 'query')
@@ -122,10 +131,11 @@ class CrossAttention(nn.Module):
       chunk=c.chunk, implementation=c.attention,
     )  # fmt: skip
     y = constrain(y, 'batch', 'seq', 'act_heads', None)
-    return self._biased(linear(y, self.out, 2), 'out')
+    return self._biased(linear(y, self.out, 2, scale=scale), 'out', scale)
 
-  def _biased(self, y, name):
+  def _biased(self, y, name, scale=None):
     if not self.config.attention_bias:
       return y
-    bias = getattr(self, f'{name}_bias').astype(y.dtype)
+    bias = getattr(self, f'{name}_bias')
+    bias = (bias if scale is None else scale.astype(bias.dtype) * bias).astype(y.dtype)
     return y + bias[None, None]

@@ -12,8 +12,6 @@ tags of the stream; of these it looks at the latest, or at all:
   all                      0,3
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -105,11 +103,13 @@ class GatedCrossAttention(nn.Module):
     """
     kv = media if isinstance(media, KV) else self.keys(media)
 
-    def add(x, gate: Any, y):
-      share = GATES[self.gate](gate.astype(jnp.float32)).astype(x.dtype)
-      share = share.reshape((1, 1, -1)) if self.gate_vector else share
-      return constrain(x + share * y, 'batch', 'seq', 'act_embed')
+    def share(gate):
+      return GATES[self.gate](gate.astype(jnp.float32))
 
-    y = self.attention(self.attention_norm(x), kv, query_tags, key_tags)
-    x = add(x, self.attention_gate, y)
-    return add(x, self.mlp_gate, self.mlp(self.mlp_norm(x)))
+    def add(x, y):
+      return constrain(x + y, 'batch', 'seq', 'act_embed')
+
+    # The gates go into the last kernels, see `linear`.
+    y, tags = self.attention_norm(x), (query_tags, key_tags)
+    x = add(x, self.attention(y, kv, *tags, share(self.attention_gate)))
+    return add(x, self.mlp(self.mlp_norm(x), share(self.mlp_gate)))

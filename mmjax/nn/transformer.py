@@ -190,11 +190,18 @@ NORMS = {
 
 
 def add_bias(
-  module: nn.Module, name: str, y: jax.Array, axes: tuple[str, ...], dtype: Any
+  module: nn.Module,
+  name: str,
+  y: jax.Array,
+  axes: tuple[str, ...],
+  dtype: Any,
+  scale: jax.Array | None = None,
 ) -> jax.Array:
-  """y + bias, a new parameter over y's last axes, which have these names."""
+  """y + bias (* scale), a new parameter over y's last axes, which have these names."""
   shape = y.shape[y.ndim - len(axes) :]
   bias = param(module, name, nn.initializers.zeros, shape, axes, dtype)
+  if scale is not None:
+    bias = bias * scale.astype(bias.dtype)
   return plus(y, bias.astype(y.dtype))
 
 
@@ -293,7 +300,8 @@ class Mlp(nn.Module):
   config: Any
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+    """x f[B, T, D] -> f[B, T, D]; scale f[] or f[D] is a factor of the result."""
     c = self.config
     D, F = c.embed_dim, c.mlp_dim
 
@@ -317,9 +325,9 @@ class Mlp(nn.Module):
     kernel = param(self, 'down', init, (F, D), ('mlp', 'embed'), c.param_dtype)
     # D as rows: of a gradient whose columns are split, a TPU sums up all on every device.
     kernel = constrain(kernel.T, 'embed', 'mlp').T
-    y = linear(hidden, kernel)
+    y = linear(hidden, kernel, scale=scale)
     if c.bias == 'all':
-      y = add_bias(self, 'down_bias', y, ('embed',), c.param_dtype)
+      y = add_bias(self, 'down_bias', y, ('embed',), c.param_dtype, scale)
     return y
 
 

@@ -13,13 +13,21 @@ itself is split would the flat dimension not be splittable; then nothing is
 flattened.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from mmjax import sharding
 
 
-def linear(x: jax.Array, kernel: jax.Array, num_in: int = 1, dtype=None) -> jax.Array:
+def linear(
+  x: jax.Array,
+  kernel: jax.Array,
+  num_in: int = 1,
+  dtype=None,
+  scale: jax.Array | None = None,
+) -> jax.Array:
   """Contracts the last `num_in` axes of x with the first `num_in` of the kernel.
 
   Args:
@@ -27,6 +35,8 @@ def linear(x: jax.Array, kernel: jax.Array, num_in: int = 1, dtype=None) -> jax.
     kernel: f[*in, *out]; cast to x's dtype.
     num_in: number of contracted axes.
     dtype: of the result; default x's. float32 keeps the accumulator's precision.
+    scale: f[] or f[out], a factor of the result (of one axis). Of many tokens it goes
+      into the kernel, and so does its gradient: no pass over the tokens more.
 
   Returns:
     f[..., *out]
@@ -40,11 +50,20 @@ def linear(x: jax.Array, kernel: jax.Array, num_in: int = 1, dtype=None) -> jax.
       f'linear: x ends in {inner}, the kernel takes {kernel.shape[:num_in]}'
     )
   dtype = x.dtype if dtype is None else dtype
+  fold = scale is not None and math.prod(lead) > math.prod(inner)
+  if fold:
+    kernel = _times(kernel, scale)
   kernel = kernel.astype(x.dtype)
   if sharding.parts('seq') == 1:
     x = x.reshape(-1, *inner)
   y = jnp.tensordot(x, kernel, num_in, preferred_element_type=dtype)
-  return y.reshape(lead + kernel.shape[num_in:])
+  y = y.reshape(lead + kernel.shape[num_in:])
+  return y if scale is None or fold else _times(y, scale)
+
+
+def _times(x, scale):
+  """x f[..., D] times f[] or f[D], in x's dtype."""
+  return x * scale.astype(x.dtype).reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
 
 
 @jax.custom_vjp

@@ -51,6 +51,31 @@ def test_a_split_stream_is_not_flattened():
   assert 'all-gather' not in text and 'all-to-all' not in text
 
 
+@pytest.mark.parametrize('tokens', [2, 40])  # fewer and more than the kernel has rows
+@pytest.mark.parametrize('shape', [(), (2,)])
+def test_scale_is_a_factor_of_the_result(tokens, shape):
+  rng = np.random.default_rng(0)
+  shapes = (1, tokens, 5), (5, 3, 2), shape
+  x, kernel, scale = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
+
+  def f(x, w, s):
+    return jnp.sum(jnp.sin(linear(x, w, scale=s)))
+
+  def g(x, w, s):
+    return jnp.sum(jnp.sin(linear(x, w) * s.reshape((1,) * (4 - s.ndim) + s.shape)))
+
+  got, want = (jax.value_and_grad(h, (0, 1, 2))(x, kernel, scale) for h in (f, g))
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_scale_of_many_tokens_makes_no_pass_over_them():
+  x, kernel = jnp.ones((1, 40, 5)), jnp.ones((5, 2))
+  made = jax.make_jaxpr(lambda s: linear(x, kernel, scale=s))(jnp.float32(2))
+  products = [e for e in made.eqns if e.primitive.name == 'mul']
+  assert [e.outvars[0].aval.shape for e in products] == [(5, 2)]
+
+
 def test_dtypes():
   x, kernel = example(1)
   x = jnp.asarray(x, jnp.bfloat16)
