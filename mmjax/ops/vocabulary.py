@@ -17,7 +17,7 @@ statistics and hidden gradients are joined after the last block: logits never mo
 one block holds all words, its logits are kept for the way back.
 
 A kernel whose width is split (fsdp) would be gathered whole by every device, twice, and
-its gradient added up over all. Where those devices have fewer places than there are
+its gradient added up over all. Where those devices have far fewer places than there are
 words, the places move instead: each device gets those of all, for its share of words.
 
   places    a | b | c | d      moved: a b c d, and back d hidden of each
@@ -211,7 +211,10 @@ def _meeting(limit, hidden, head):
   fewer = 4 * places * hidden.shape[-1] <= limit  # their gradient's bytes
   for kernel, axes in zip(head.kernels, head.axes):
     V = kernel.size // hidden.shape[-1]
-    fewer &= 'vocab' in axes and V % devices == 0 and places < V // parts('act_vocab')
+    # A quarter, since what moves is wider: the places' gradient is f32, and the kernel's
+    # pieces change from width to words and back.
+    fewer &= 4 * places <= V // parts('act_vocab')
+    fewer &= 'vocab' in axes and V % devices == 0
   return changed(**stay) if fewer else contextlib.nullcontext()
 
 
