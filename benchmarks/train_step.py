@@ -1,30 +1,32 @@
-"""The train step of the unified model beside a plain PyTorch one, on this machine.
+"""The train step of three models beside PyTorch's, on this machine.
 
-  python benchmarks/train_step.py            # needs the extra `parity` (CPU torch)
+  python benchmarks/train_step.py --model=unified,flamingo,clip > report.jsonl
+  python benchmarks/table.py report.jsonl
 
-Same architecture, sizes, batches and optimizer on both sides (float32, two ways
-for torch to take the head, see `torch_unified.py`); before anything is timed the
-weights are copied over and the losses compared. Each contestant lives in a
-process of its own; rounds alternate; medians are reported, as one JSON line:
+Needs the extra `parity` (CPU torch, transformers). What the models and their batches
+are stands in `step_<model>.py`. Same architecture, sizes, documents and optimizer on
+both sides; before anything is timed the losses of equal weights are compared. Each
+contestant lives in a process of its own; rounds alternate; medians are reported, as
+one JSON line for each model and case:
 
-  fixed    8 rows of 512 slots, full: two images of 12 x 12 patches, 224 text tokens
-  mixture  documents of mixed lengths: torch pads 8 documents to the longest, mmjax
-           packs them; counted are the slots that are not padding ("useful")
+  fixed    rows that are full: what the steps themselves cost
+  mixture  documents of mixed lengths: torch pads a batch to the longest, mmjax packs;
+           counted are the slots of text and patches that are not padding ("useful")
 
 torch runs "stock" and, where the processor isn't Intel's, "unlocked": Intel's MKL,
 which torch uses, picks slow code on other makers' processors unless a two-line
 library, preloaded, tells it otherwise. Every contestant first times a product of two
-2048 x 2048 matrices: the ceiling that its step can be held against. All of them run
-with huge pages in malloc (glibc), without which every step of either side pays for
-the same memory, page by page, again. Seconds are of the clock; CPU-seconds are of
-all threads, and say more than the clock where the machine has other work (for torch
-with --threads 1 only, since its idle threads spin). Peak memory is the resident set
-during the timed steps (start-up and compilation not counted).
-
-`benchmarks/table.py` prints the report as a table.
+2048 x 2048 matrices: the ceiling that its step can be held against; `ceiling_share` is
+what of that rate mmjax's step reaches, by the FLOPs of its products. All of them run with huge pages in malloc (glibc),
+without which every step of either side pays for the same memory, page by page, again.
+Seconds are of the clock; CPU-seconds are of all threads, and say more than the clock
+where the machine has other work (for torch with --threads 1 only, since its idle
+threads spin). Peak memory is the resident set during the timed steps (start-up and
+compilation not counted).
 """
 
 import argparse
+import importlib
 import json
 import os
 import pathlib
@@ -35,145 +37,43 @@ import sys
 import tempfile
 import time
 
-import numpy as np
+import step_documents as documents
 from contestant import Contestant
 
-HERE = pathlib.Path(__file__).resolve().parent
+MODELS, CASES = ('unified', 'flamingo', 'clip'), ('fixed', 'mixture')
 UNLOCK = ''.join(
   f'int mkl_serv_intel_cpu{x}(void) {{ return 1; }}\n' for x in ('_true', '')
 )
-# What one would set on a CPU: layers one by one are not copied to and from a stack.
-MODEL = dict(scan=False)
-
-SIZES = dict(
-  vocab_size=32_000,
-  embed_dim=512,
-  num_layers=8,
-  num_heads=8,
-  num_kv_heads=8,
-  head_dim=64,
-  mlp_dim=2048,
-  patch_channels=16 * 16 * 3,
-  rope_base=10_000.0,
-)
-CONTESTANTS = ('mmjax', 'torch', 'torch-trained', 'torch-bf16')
-ROWS, T = 8, 512
-GRID = (1, 12, 12)
-DOCUMENTS = 64  # of the mixture
 
 
-def examples(rng, images, text):
-  """A random document: images first, then text; all text is trained."""
-  from mmjax.data.document import Document, Image, Text
-  from mmjax.data.example import to_example
-  from mmjax.data.media import ImageRule
-
-  class Words:
-    end_id = 0
-
-    def encode(self, text):
-      return list(rng.integers(1, SIZES['vocab_size'], len(text)))
-
-  side = 16 * GRID[1]
-  pictures = [
-    Image(rng.integers(0, 256, (side, side, 3), np.uint8)) for _ in range(images)
-  ]
-  document = Document((*pictures, Text('.' * (text - 1), True)))
-  rule = ImageRule(patch=16, resize='fixed', size=side)
-  return to_example(
-    document, tokenizer=Words(), rules={'image': rule}, slots=lambda item: item.grid
-  )
+def model_of(name):
+  """The module of a model."""
+  return importlib.import_module(f'step_{name}')
 
 
-def fixed_batch():
-  from mmjax.batch import BankBudget, Budget
-  from mmjax.data.pack import pack
-
-  rng = np.random.default_rng(0)
-  budget = Budget(T, 224, {'image': BankBudget(288, 2, SIZES['patch_channels'])})
-  return pack([[examples(rng, 2, 224)] for _ in range(ROWS)], budget), budget
-
-
-def mixture_examples():
-  """Documents as web pages come: lognormal text, a geometric number of images."""
-  rng = np.random.default_rng(1)
-  found = []
-  while len(found) < DOCUMENTS:
-    images = min(int(rng.geometric(0.7)) - 1, 2)
-    text = int(rng.lognormal(np.log(70), 0.9))
-    if text >= 8 and 144 * images + text <= T:
-      found.append(examples(rng, images, text))
-  return found
+def batches_of(model, case, pack):
+  """The batches of a case, packed or padded."""
+  found = model.examples(case)
+  if pack:
+    return documents.packed(found, model.budget(case), model.ROWS[case], model.GROUP)
+  return documents.padded(found, model.PADDED)
 
 
-def mixture_packed(found):
-  """All documents in as few batches of ROWS rows as first-fit-decreasing finds.
-
-  A row holds T slots, at most 480 of them trained, and 2 images: what the largest
-  documents need.
-  """
-  from mmjax.batch import BankBudget, Budget
-  from mmjax.data.pack import pack
-
-  budget = Budget(T, 480, {'image': BankBudget(288, 2, SIZES['patch_channels'])})
-  rows = []
-  for example in sorted(found, key=len, reverse=True):
-    images = example.media['image'].item_order.size if example.media else 0
-    need = np.array([len(example), (example.weights > 0).sum(), images])
-    for row in rows:
-      if (row['free'] >= need).all():
-        break
-    else:
-      row = {'free': np.array([T, budget.targets, 2]), 'documents': []}
-      rows.append(row)
-    row['free'] = row['free'] - need
-    row['documents'].append(example)
-  packed = [row['documents'] for row in rows]
-  while len(packed) % ROWS:
-    packed.append([])
-  return [pack(packed[i : i + ROWS], budget) for i in range(0, len(packed), ROWS)], budget
-
-
-def mixture_padded(found):
-  """The documents 8 by 8 as they come, padded to the longest of the 8."""
-  from mmjax.batch import BankBudget, Budget
-  from mmjax.data.pack import pack
-
-  batches = []
-  for i in range(0, DOCUMENTS, ROWS):
-    group = found[i : i + ROWS]
-    longest = max(map(len, group))
-    patches = max([len(e.media['image'].values) if e.media else 0 for e in group] + [1])
-    budget = Budget(
-      longest, longest, {'image': BankBudget(patches, 2, SIZES['patch_channels'])}
-    )
-    batches.append(pack([[e] for e in group], budget))
-  return batches
-
-
-def useful(batches):
-  return int(sum((b.stream.segment_ids > 0).sum() for b in batches))
-
-
-def mmjax_parts(budget, devices=1):
+def mmjax_parts(model, case, dtype='float32', devices=1):
   import jax
   from ml_collections import ConfigDict
 
   from mmjax.train import build, config
 
-  image = budget.bank['image']
-  fields = {k: v for k, v in SIZES.items() if k not in ('vocab_size', 'patch_channels')}
-  run = ConfigDict(config.defaults())
-  run.data.update(rows=ROWS, image=dict(patch=16, resize='fixed', size=16 * GRID[1]))
-  run.data.budget = ConfigDict(
-    dict(
-      stream=budget.stream,
-      targets=budget.targets,
-      image=dict(patches=image.patches, items=image.items),
-    )
+  run = config.resolve(ConfigDict(model.config(dtype)))
+  room = model.budget(case)
+  image = room.bank['image']
+  run.data.rows = model.ROWS[case]
+  run.data.budget.update(
+    stream=room.stream,
+    targets=room.targets,
+    image=dict(patches=image.patches, items=image.items),
   )
-  fields |= {'tie_embeddings': False, **MODEL}
-  run.model = ConfigDict(dict(name='unified', **fields))
   run.optim.update(
     name='adamw',
     learning_rate=1e-4,
@@ -182,26 +82,31 @@ def mmjax_parts(budget, devices=1):
     options={'b2': 0.999},
   )
   run.sharding.max_replicated = 1.0
-  return build.build(run, SIZES['vocab_size'], jax.devices()[:devices])
+  return build.build(run, model.vocab_size(), jax.devices()[:devices])
 
 
 class Mmjax:
   """The contestant: mmjax's own step, compiled once per shape."""
 
-  def __init__(self, batches, budget, devices):
+  def __init__(self, model, case, dtype, devices):
     import jax
 
     from mmjax import sharding
+    from mmjax.plan.flops import flops
     from mmjax.train import step
 
-    parts = mmjax_parts(budget, devices)
-    self.jax, self.parts = jax, parts
+    rows = model.ROWS[case]
+    self.host = batches_of(model, case, True)
+    parts = mmjax_parts(model, case, dtype, devices)
     with sharding.use(parts.mesh, parts.rules):
       self.state = parts.init(jax.random.key(0))
+      self.parameters = sum(x.size for x in jax.tree.leaves(self.state.params))
       pure = step.make_step(parts.loss_fn, parts.optimizer, jax.random.key(0))
-      self.step = step.compile_step(pure, parts.abstract, parts.batch_shapes(ROWS))
+      shapes = parts.batch_shapes(rows)
+      self.gflop = flops(pure, parts.abstract, shapes) / 1e9 * len(self.host)
+      self.step = step.compile_step(pure, parts.abstract, shapes)
       self.batches = [
-        sharding.place_batch(b, ROWS, parts.mesh, parts.rules) for b in batches
+        sharding.place_batch(b, rows, parts.mesh, parts.rules) for b in self.host
       ]
 
   def run(self):
@@ -211,95 +116,79 @@ class Mmjax:
 
 
 class Torch:
-  """The contestant in PyTorch."""
+  """The contestant in PyTorch: fused AdamW, clipping, autocast for bfloat16."""
 
-  def __init__(self, batches, head, bf16, threads):
+  def __init__(self, model, case, head, bf16, threads):
     import torch
-    import torch_unified
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    self.model = torch_unified.Unified(torch_sizes())
-    self.step = torch_unified.make_step(self.model, 1e-4, head, bf16)
-    self.batches = [torch_batch(b) for b in batches]
+    self.torch, self.model, self.head, self.bf16 = torch, model, head, bf16
+    self.net = model.torch_model()
+    self.params = [p for p in self.net.parameters() if p.requires_grad]
+    self.parameters = sum(p.numel() for p in self.params)
+    self.gflop = None
+    self.optimizer = torch.optim.AdamW(
+      self.params, lr=1e-4, weight_decay=0.1, fused=True
+    )
+    self.host = batches_of(model, case, False)
+    self.batches = [model.torch_batch(b) for b in self.host]
 
   def run(self):
+    torch = self.torch
     for batch in self.batches:
-      loss = self.step(batch)
+      self.optimizer.zero_grad(set_to_none=True)
+      with torch.autocast('cpu', torch.bfloat16, enabled=self.bf16):
+        loss = self.model.torch_loss(self.net, batch, self.head)
+      loss.backward()
+      torch.nn.utils.clip_grad_norm_(self.params, 1.0)
+      self.optimizer.step()
+      loss = float(loss.detach())
     return loss
 
 
-def torch_sizes():
-  half = SIZES['head_dim'] // 2
-  return {**SIZES, 'rope_axes': [i % 3 for i in range(half)]}
+def compare(model):
+  """The losses of the same weights on the same documents, packed here, padded there.
 
-
-def torch_batch(batch):
-  import torch
-
-  s, image = batch.stream, batch.bank['image']
-  long = ('tokens', 'source', 'positions', 'order', 'first', 'last', 'segment_ids')
-  fields = {name: torch.from_numpy(np.int64(getattr(s, name))) for name in long}
-  return {
-    **fields,
-    'weights': torch.from_numpy(s.weights.copy()),
-    'patches': torch.from_numpy(image.values.copy()),
-  }
-
-
-def copy_weights(params, model):
-  """mmjax's parameters into the torch model."""
+  Raises:
+    SystemExit: they differ by more than 1e-4 of the loss.
+  """
   import jax
   import torch
 
-  p = jax.tree.map(np.asarray, params)
-  D = SIZES['embed_dim']
+  from mmjax.train import tasks
 
-  def put(target, value):
-    with torch.no_grad():
-      target.copy_(torch.from_numpy(np.array(value)))
-
-  # mmjax multiplies the looked-up rows by sqrt(D)
-  put(model.embed.weight, p['embed']['text'] * D**0.5)
-  put(model.patch.weight, p['embed']['image']['kernel'].T)
-  put(model.patch.bias, p['embed']['image']['bias'])
-  put(model.head.weight, p['head'].T)
-  put(model.norm.weight, p['transformer']['norm']['scale'])
-  for i, block in enumerate(model.blocks):
-    one = p['transformer'][f'layer_{i}']
-    put(block.norm_attention.weight, one['attention_norm']['scale'])
-    put(block.norm_mlp.weight, one['mlp_norm']['scale'])
-    for name in ('query', 'key', 'value'):
-      put(getattr(block, name).weight, one['attention'][name].reshape(D, -1).T)
-    put(block.out.weight, one['attention']['out'].reshape(-1, D).T)
-    for name in ('gate', 'up', 'down'):
-      put(getattr(block, name).weight, one['mlp'][name].T)
-
-
-def compare():
-  """The two losses of the same weights on the same batch."""
-  import jax
-  import torch
-  import torch_unified
-
-  batch, budget = fixed_batch()
-  batch = jax.tree.map(lambda x: x[:2], batch)
-  parts = mmjax_parts(budget)
-  params = parts.init(jax.random.key(0)).params
-  model = torch_unified.Unified(torch_sizes())
-  copy_weights(params, model)
-  total, sums = parts.loss_fn(params, batch, jax.random.key(0), False)
+  torch.manual_seed(0)
+  net = model.torch_model()
+  found = model.examples('mixture')[: model.PADDED]
+  with tempfile.TemporaryDirectory() as folder:
+    made, params = model.weights(net, folder)
+  room = model.budget('mixture')
+  (batch,) = documents.packed(found, room, model.PADDED, model.PADDED)
+  if model.config('float32').get('train'):
+    loss_fn = tasks.contrastive(made)
+  else:
+    loss_fn = tasks.next_token(made, num_targets=room.targets)
+  batch = jax.tree.map(jax.numpy.asarray, batch)
+  total, sums = loss_fn(params, batch, jax.random.key(0), False)
+  (theirs,) = documents.padded(found, model.PADDED)
+  theirs = model.torch_batch(theirs)
+  heads = sorted(set(model.HEADS.values()))
   with torch.no_grad():
-    there = [float(model.loss(torch_batch(batch), head)) for head in ('all', 'trained')]
-  return {'mmjax': float(total / sums['weight']), 'torch': there}
+    there = [float(model.torch_loss(net, theirs, head)) for head in heads]
+  here = float(total / sums['weight'])
+  if any(abs(x - here) > 1e-4 * here for x in there):
+    raise SystemExit(f'not the same model: losses {here} here and {there} there')
+  return {'mmjax': here, 'torch': there}
 
 
 def ceiling(name, threads):
-  """GFLOP/s of a product of 2048 x 2048 float32 matrices, the best of ten."""
-  if name == 'mmjax':
+  """GFLOP/s of a product of 2048 x 2048 matrices, the best of ten."""
+  if name.startswith('mmjax'):
     import jax
 
-    x = jax.numpy.ones((2048, 2048))
+    dtype = 'bfloat16' if name.endswith('bf16') else 'float32'
+    x = jax.numpy.ones((2048, 2048), dtype)
     product = jax.jit(jax.numpy.matmul)
 
     def multiply():
@@ -308,7 +197,8 @@ def ceiling(name, threads):
     import torch
 
     torch.set_num_threads(threads)
-    x = torch.ones(2048, 2048)
+    dtype = torch.bfloat16 if name.endswith('bf16') else torch.float32
+    x = torch.ones(2048, 2048, dtype=dtype)
 
     def multiply():
       torch.matmul(x, x)
@@ -322,29 +212,28 @@ def ceiling(name, threads):
   return round(2 * 2048**3 / min(times) / 1e9)
 
 
-def serve(name, case, devices, threads):
+def serve(name, model, case, devices, threads):
   """A contestant's process: a line in, seconds out."""
-  if name == 'mmjax':
+  model = model_of(model)
+  bf16 = name.endswith('bf16')
+  if name == 'compare':
+    print(json.dumps(compare(model)), flush=True)
+    return
+  if name.startswith('mmjax'):
     import jax
 
     jax.config.update('jax_num_cpu_devices', devices)
-  found = mixture_examples() if case == 'mixture' else None
-  if name == 'mmjax':
-    batches, budget = (
-      mixture_packed(found)
-      if case == 'mixture'
-      else ([fixed_batch()[0]], fixed_batch()[1])
-    )
-    contestant = Mmjax(batches, budget, devices)
+    contestant = Mmjax(model, case, 'bfloat16' if bf16 else 'float32', devices)
   else:
-    batches = mixture_padded(found) if case == 'mixture' else [fixed_batch()[0]]
-    head = 'all' if name == 'torch' else 'trained'
-    contestant = Torch(batches, head, name == 'torch-bf16', threads)
+    contestant = Torch(model, case, model.HEADS[name], bf16, threads)
+  batches = contestant.host
   facts = {
     'steps': len(batches),
-    'useful': useful(batches),
+    'parameters': contestant.parameters,
+    'useful': documents.useful(batches),
     'slots': int(sum(b.stream.tokens.size for b in batches)),
     'trained': int(sum((b.stream.weights > 0).sum() for b in batches)),
+    'gflop': contestant.gflop,
     'ceiling': ceiling(name, threads),
   }
   contestant.run()
@@ -360,12 +249,15 @@ def serve(name, case, devices, threads):
 
 
 class Process(Contestant):
-  def __init__(self, name, case, args, preload=None):
+  """A contestant of one model and case."""
+
+  def __init__(self, name, model, case, args, preload=None):
     env = {**os.environ, 'OMP_NUM_THREADS': str(args.threads), 'JAX_PLATFORMS': 'cpu'}
     env['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
     if preload:
       env['LD_PRELOAD'] = preload
-    command = [sys.executable, __file__, '--serve', name, '--case', case]
+    command = [sys.executable, __file__, '--serve', name, '--model', model]
+    command += ['--case', case]
     command += ['--devices', str(args.devices), '--threads', str(args.threads)]
     if args.threads == 1:
       command = ['taskset', '-c', str(min(os.sched_getaffinity(0))), *command]
@@ -374,17 +266,22 @@ class Process(Contestant):
   def result(self):
     self.close()
     seconds = statistics.median(r[0] for r in self.rounds)
-    return {
+    made = {
       'seconds': round(seconds, 3),
       'range': [round(f(r[0] for r in self.rounds), 3) for f in (min, max)],
       'cpu_seconds': round(min(r[3] for r in self.rounds), 3),
       'steps': self.facts['steps'],
+      'parameters': self.facts['parameters'],
       'ceiling_gflops': self.facts['ceiling'],
       'trained_per_second': round(self.facts['trained'] / seconds),
       'useful_per_second': round(self.facts['useful'] / seconds),
       'fill': round(self.facts['useful'] / self.facts['slots'], 3),
       'peak_gb': round(max(r[2] for r in self.rounds), 2),
     }
+    if gflop := self.facts['gflop']:
+      share = gflop / seconds / self.facts['ceiling']
+      made |= {'gflop': round(gflop), 'ceiling_share': round(share, 3)}
+    return made
 
 
 def processor():
@@ -405,54 +302,66 @@ def unlock(folder):
   return str(library)
 
 
+def measure(model, case, args, library):
+  """The report of one model and case."""
+  ours = ['mmjax'] + ['mmjax-bf16'] * args.bf16
+  theirs = [n for n in model_of(model).HEADS if args.bf16 or not n.endswith('bf16')]
+  names = args.only.split(',') if args.only else ours + theirs
+  running = {n: Process(n, model, case, args) for n in names}
+  for n in theirs:
+    if library and n in names and not n.endswith('bf16'):
+      running[f'{n} unlocked'] = Process(n, model, case, args, library)
+  for i in range(args.rounds):
+    for name, process in running.items():
+      seconds = process.round()
+      where = f'{model}, {case}, round {i + 1} of {args.rounds}'
+      print(f'{where}: {name} {seconds:.2f} s', file=sys.stderr, flush=True)
+      time.sleep(0.5)  # idle threads of the last one stop spinning
+  results = {n: p.result() for n, p in running.items()}
+  for r in results.values():
+    if 'mmjax' in results:
+      ours = results['mmjax']['useful_per_second']
+      r['mmjax_is_faster'] = round(ours / r['useful_per_second'], 2)
+  return results
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--rounds', type=int, default=7)
-  parser.add_argument('--cases', default='fixed,mixture')
+  parser.add_argument('--model', default='unified', help='several with commas')
+  parser.add_argument('--case', default='fixed,mixture')
   parser.add_argument(
-    '--devices', type=int, default=2, help='devices that mmjax makes of the CPU'
+    '--devices', type=int, default=1, help='devices that mmjax makes of the CPU'
   )
   parser.add_argument('--threads', type=int, default=2, help='1 = all on one core')
+  parser.add_argument('--bf16', action=argparse.BooleanOptionalAction, default=True)
   parser.add_argument(
     '--only', help='contestants, e.g. mmjax,torch-trained; default all', default=''
   )
   parser.add_argument('--serve', help=argparse.SUPPRESS)
-  parser.add_argument('--case', help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.serve:
-    serve(args.serve, args.case, args.devices, args.threads)
+    serve(args.serve, args.model, args.case, args.devices, args.threads)
     return
   if args.threads == 1:
     args.devices = 1
-  report = {
-    'benchmark': 'train_step',
-    'processor': processor(),
-    'devices': args.devices,
-    'threads': args.threads,
-    'model': MODEL,
-    'same_loss': compare(),
-  }
   with tempfile.TemporaryDirectory() as folder:
     library = unlock(pathlib.Path(folder))
-    for case in args.cases.split(','):
-      names = args.only.split(',') if args.only else CONTESTANTS
-      running = {n: Process(n, case, args) for n in names}
-      if library:
-        for n in {'torch', 'torch-trained'} & set(names):
-          running[f'{n} unlocked'] = Process(n, case, args, library)
-      for i in range(args.rounds):
-        for name, process in running.items():
-          seconds = process.round()
-          where = f'{case}, round {i + 1} of {args.rounds}'
-          print(f'{where}: {name} {seconds:.2f} s', file=sys.stderr, flush=True)
-          time.sleep(0.5)  # idle threads of the last one stop spinning
-      results = {n: p.result() for n, p in running.items()}
-      for r in results.values():
-        if 'mmjax' in results:
-          ours = results['mmjax']['useful_per_second']
-          r['mmjax_is_faster'] = round(ours / r['useful_per_second'], 2)
-      report[case] = results
-  print(json.dumps(report))
+    for model in args.model.split(','):
+      comparison = Process('compare', model, 'mixture', args)
+      comparison.close()
+      for case in args.case.split(','):
+        report = {
+          'benchmark': 'train_step',
+          'model': model,
+          'case': case,
+          'processor': processor(),
+          'devices': args.devices,
+          'threads': args.threads,
+          'same_loss': comparison.facts,
+          'results': measure(model, case, args, library),
+        }
+        print(json.dumps(report), flush=True)
 
 
 if __name__ == '__main__':
