@@ -120,8 +120,14 @@ def torch_batch(batch):
 
 
 def torch_loss(model, batch, head):
+  import torch.nn.functional as F
+
   del head  # theirs makes the logits of all positions
-  return model(**batch, use_cache=False).loss
+  batch = dict(batch)
+  # Its own loss takes no vocabulary that has additional words.
+  labels = batch.pop('labels')[:, 1:].flatten()
+  logits = model(**batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+  return F.cross_entropy(logits.float(), labels, ignore_index=-100)
 
 
 def weights(torch_model, folder):

@@ -170,7 +170,8 @@ def compare(model):
   else:
     loss_fn = tasks.next_token(made, num_targets=room.targets)
   batch = jax.tree.map(jax.numpy.asarray, batch)
-  total, sums = loss_fn(params, batch, jax.random.key(0), False)
+  made = jax.jit(loss_fn, static_argnums=3)(params, batch, jax.random.key(0), False)
+  total, sums = made
   (theirs,) = documents.padded(found, model.PADDED)
   theirs = model.torch_batch(theirs)
   heads = sorted(set(model.HEADS.values()))
