@@ -1,8 +1,8 @@
 """A CLIP type, 52 M parameters, beside transformers' CLIPModel: 64 pairs a step.
 
-  fixed    captions of 77 tokens, one pair a row
-  mixture  captions of lognormal lengths, here many pairs a row, there padded to the
-           longest of 64
+fixed    captions of 77 tokens, one pair a row
+mixture  captions of lognormal lengths, here many pairs a row, there padded to the
+         longest of 64
 """
 
 import numpy as np

@@ -1,7 +1,7 @@
 """Random documents for the benchmark of train steps, and two ways to batch them.
 
-  packed   as few rows as first-fit-decreasing finds; a row holds what its budget says
-  padded   so many documents a batch, as they come, one a row, each padded to the longest
+packed   as few rows as first-fit-decreasing finds; a row holds what its budget says
+padded   so many documents a batch, as they come, one a row, each padded to the longest
 """
 
 import numpy as np
@@ -67,7 +67,9 @@ def packed(found, room, rows, group=None):
       row[0] = row[0] - need
       row[1].append(one)
     if group and len(filled) > rows:
-      raise ValueError(f'a group of {group} documents takes {len(filled)} rows, not {rows}')
+      raise ValueError(
+        f'a group of {group} documents takes {len(filled)} rows, not {rows}'
+      )
     lists = [row[1] for row in filled]
     lists += [[]] * (-len(lists) % rows)
     batches += [pack(lists[k : k + rows], room) for k in range(0, len(lists), rows)]

@@ -1,7 +1,7 @@
 """A Flamingo type, 92 M parameters, beside transformers' IDEFICS, all of it trained.
 
-  fixed    8 rows of two images and 256 slots of text
-  mixture  64 documents of 0 to 3 images and lognormal text
+fixed    8 rows of two images and 256 slots of text
+mixture  64 documents of 0 to 3 images and lognormal text
 """
 
 import numpy as np

@@ -1,27 +1,36 @@
-"""Prints the report of a benchmark as the README's table.
+"""Prints reports of benchmarks/train_step.py as the README's tables.
 
-python benchmarks/train_step.py > report.json
-python benchmarks/table.py report.json
+python benchmarks/train_step.py --model=unified,flamingo,clip > report.jsonl
+python benchmarks/table.py report.jsonl             # to stdout
+python benchmarks/table.py report.jsonl README.md   # between the marks in that file
+
+The marks are lines of their own: `<!-- train_step -->` and `<!-- /train_step -->`.
 """
 
 import json
 import pathlib
 import sys
 
+MARKS = '<!-- train_step -->', '<!-- /train_step -->'
 NAMES = {
   'mmjax': 'mmjax',
-  'torch': 'PyTorch, logits of all positions',
-  'torch-trained': 'PyTorch, logits of trained positions',
-  'torch-bf16': 'PyTorch, bfloat16, logits of trained positions',
+  'mmjax-bf16': 'mmjax, bfloat16',
+  'torch': 'PyTorch',
+  'torch-trained': 'PyTorch, logits of trained positions alone',
+  'torch-bf16': 'PyTorch, bfloat16',
 }
 COLUMNS = {
   'seconds': 'seconds',
   'cpu_seconds': 'CPU-seconds',
+  'trained_per_second': 'trained tokens/s',
   'useful_per_second': 'useful tokens/s',
-  'fill': 'share of slots that are useful',
+  'fill': 'slots in use',
   'peak_gb': 'peak GB',
+  'ceiling_gflops': 'product, GFLOP/s',
+  'ceiling_share': 'share of it',
   'mmjax_is_faster': 'mmjax is faster by',
 }
+WHAT = {'fixed': 'full rows', 'mixture': 'documents of mixed lengths'}
 
 
 def table(results):
@@ -34,13 +43,39 @@ def table(results):
   return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 
+def tables(reports):
+  """Markdown of reports, each under a line that says what it is of."""
+  parts = []
+  for r in reports:
+    threads = f'{r["threads"]} thread' + 's' * (r['threads'] > 1)
+    head = f'{r["model"]}, {WHAT[r["case"]]}; {r["processor"]}, {threads}'
+    parts.append(f'{head}:\n\n{table(r["results"])}\n')
+  return '\n'.join(parts)
+
+
+def put(text, made):
+  """The text with what stands between the marks replaced.
+
+  Raises:
+    SystemExit: it hasn't both marks, each once and in this order.
+  """
+  start, end = MARKS
+  if (
+    text.count(start) != 1 or text.count(end) != 1 or text.index(end) < text.index(start)
+  ):
+    raise SystemExit(f'needs the lines {start} and {end}')
+  before, after = text.partition(start)[0], text.partition(end)[2]
+  return f'{before}{start}\n\n{made}\n{end}{after}'
+
+
 def main():
-  report = json.loads(pathlib.Path(sys.argv[1]).read_text().splitlines()[-1])
-  facts = ('processor', 'devices', 'threads', 'model')
-  print(', '.join(f'{k}: {report[k]}' for k in facts if k in report))
-  for case in ('fixed', 'mixture'):
-    if case in report:
-      print(f'\n{case}\n\n{table(report[case])}')
+  path, *into = map(pathlib.Path, sys.argv[1:])
+  lines = [x for x in path.read_text().splitlines() if x.startswith('{')]
+  made = tables(map(json.loads, lines))
+  if not into:
+    print(made)
+    return
+  into[0].write_text(put(into[0].read_text(), made))
 
 
 if __name__ == '__main__':

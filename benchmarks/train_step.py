@@ -128,9 +128,7 @@ class Torch:
     self.params = [p for p in self.net.parameters() if p.requires_grad]
     self.parameters = sum(p.numel() for p in self.params)
     self.gflop = None
-    self.optimizer = torch.optim.AdamW(
-      self.params, lr=1e-4, weight_decay=0.1, fused=True
-    )
+    self.optimizer = torch.optim.AdamW(self.params, lr=1e-4, weight_decay=0.1, fused=True)
     self.host = batches_of(model, case, False)
     self.batches = [model.torch_batch(b) for b in self.host]
 

@@ -5,30 +5,56 @@ import pathlib
 import pytest
 
 PATH = pathlib.Path(__file__).parents[2] / 'benchmarks' / 'table.py'
+ROW = {'seconds': 2.5, 'cpu_seconds': 4.75, 'mmjax_is_faster': 0.5}
+REPORT = {
+  'model': 'clip',
+  'case': 'fixed',
+  'processor': 'Some',
+  'threads': 2,
+  'results': {'mmjax': ROW, 'torch unlocked': {**ROW, 'peak_gb': 9.25}},
+}
 
 
 @pytest.fixture
-def table():
+def run(tmp_path, monkeypatch):
   spec = importlib.util.spec_from_file_location('table', PATH)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  return module
+  path = tmp_path / 'report.jsonl'
+  path.write_text('a line of something else\n' + json.dumps(REPORT))
+
+  def run(*into):
+    monkeypatch.setattr('sys.argv', ['table.py', str(path), *map(str, into)])
+    module.main()
+
+  return run
 
 
-def test_prints_each_contestant_of_each_case(table, tmp_path, monkeypatch, capsys):
-  row = {'seconds': 2.5, 'cpu_seconds': 4.75, 'mmjax_is_faster': 0.5}
-  report = {
-    'processor': 'Some',
-    'fixed': {'mmjax': row, 'torch unlocked': {**row, 'peak_gb': 9.25}},
-  }
-  path = tmp_path / 'report.json'
-  path.write_text('a line of something else\n' + json.dumps(report))
-  monkeypatch.setattr('sys.argv', ['table.py', str(path)])
-  table.main()
+def test_prints_each_contestant(run, capsys):
+  run()
   first, *rest = capsys.readouterr().out.splitlines()
-  assert first == 'processor: Some'
+  assert first == 'clip, full rows; Some, 2 threads:'
   rows = [line.split(' | ') for line in rest if line.startswith('|')]
-  assert len({len(r) for r in rows[2:] + rows[:1]}) == 1
+  assert len({len(r) for r in rows}) == 1
   assert rows[2][:3] == ['| mmjax', '2.5', '4.75']
-  assert rows[3][0] == '| PyTorch, logits of all positions, MKL unlocked'
+  assert rows[3][0] == '| PyTorch, MKL unlocked'
   assert '9.25' in rows[3] and '9.25' not in rows[2]
+
+
+def test_writes_between_the_marks(run, tmp_path):
+  page = tmp_path / 'page.md'
+  page.write_text('before\n<!-- train_step -->\nold\n<!-- /train_step -->\nafter\n')
+  run(page)
+  once = page.read_text()
+  assert 'old' not in once and 'Some' in once
+  assert once.startswith('before\n<!-- train_step -->\n')
+  assert once.endswith('<!-- /train_step -->\nafter\n')
+  run(page)
+  assert page.read_text() == once
+
+
+def test_refuses_a_page_without_marks(run, tmp_path):
+  page = tmp_path / 'page.md'
+  page.write_text('<!-- /train_step -->\n<!-- train_step -->\n')
+  with pytest.raises(SystemExit, match='needs the lines'):
+    run(page)
