@@ -17,12 +17,12 @@ torch runs "stock" and, where the processor isn't Intel's, "unlocked": Intel's M
 which torch uses, picks slow code on other makers' processors unless a two-line
 library, preloaded, tells it otherwise. Every contestant first times a product of two
 2048 x 2048 matrices: the ceiling that its step can be held against; `ceiling_share` is
-what of that rate mmjax's step reaches, by the FLOPs of its products. All of them run with huge pages in malloc (glibc),
-without which every step of either side pays for the same memory, page by page, again.
-Seconds are of the clock; CPU-seconds are of all threads, and say more than the clock
-where the machine has other work (for torch with --threads 1 only, since its idle
-threads spin). Peak memory is the resident set during the timed steps (start-up and
-compilation not counted).
+what of that rate mmjax's step reaches, by the FLOPs of its products. All of them run
+with huge pages in malloc (glibc), without which every step of either side pays for the
+same memory, page by page, again. Seconds are of the clock; CPU-seconds are of all
+threads, and say more than the clock where the machine has other work (for torch with
+--threads 1 only, since its idle threads spin). Peak memory is the resident set during
+the timed steps (start-up and compilation not counted).
 """
 
 import argparse
