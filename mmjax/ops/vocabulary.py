@@ -294,7 +294,7 @@ class _Part:
   def to_kernel(self, d):
     # In the kernel's precision, so that this is what devices send each other.
     dtype = max(self.dtype, self.hidden.dtype, key=lambda dtype: dtype.itemsize)
-    if device()[0] == 'cpu':
+    if device()[0] == 'cpu' and self.hidden.dtype != jnp.float32:
       # In the order below XLA has no f32 product of bf16 for CPUs without AMX.
       out = self._einsum('XQV', d, 'XD', self.hidden, 'QVD', dtype)
       return jnp.moveaxis(out, -1, 0)
