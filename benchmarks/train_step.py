@@ -146,11 +146,7 @@ class Torch:
 
 
 def compare(model):
-  """The losses of the same weights on the same documents, packed here, padded there.
-
-  Raises:
-    SystemExit: they differ by more than 1e-4 of the loss.
-  """
+  """The losses of the same weights on the same documents, packed here, padded there."""
   import jax
   import torch
 
@@ -175,10 +171,14 @@ def compare(model):
   heads = sorted(set(model.HEADS.values()))
   with torch.no_grad():
     there = [float(model.torch_loss(net, theirs, head)) for head in heads]
-  here = float(total / sums['weight'])
+  return {'mmjax': float(total / sums['weight']), 'torch': there}
+
+
+def refuse_others(losses):
+  """Ends the program if `compare` found losses that differ by more than 1e-4."""
+  here, there = losses['mmjax'], losses['torch']
   if any(abs(x - here) > 1e-4 * here for x in there):
     raise SystemExit(f'not the same model: losses {here} here and {there} there')
-  return {'mmjax': here, 'torch': there}
 
 
 def ceiling(name, threads):
@@ -349,6 +349,7 @@ def main():
     for model in args.model.split(','):
       comparison = Process('compare', model, 'mixture', args)
       comparison.close()
+      refuse_others(comparison.facts)
       for case in args.case.split(','):
         report = {
           'benchmark': 'train_step',
