@@ -97,7 +97,11 @@ def vocab_size():
 def torch_model():
   from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
-  return IdeficsForVisionText2Text(IdeficsConfig(**SIZES)).train()
+  net = IdeficsForVisionText2Text(IdeficsConfig(**SIZES)).train()
+  # Theirs freezes what was trained before; here all is trained but a norm nobody reads.
+  net.requires_grad_(True)
+  net.model.vision_model.post_layernorm.requires_grad_(False)
+  return net
 
 
 def torch_batch(batch):

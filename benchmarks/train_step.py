@@ -310,6 +310,8 @@ def measure(model, case, args, library):
   for n in theirs:
     if library and n in names and not n.endswith('bf16'):
       running[f'{n} unlocked'] = Process(n, model, case, args, library)
+  if len(counts := {p.facts['parameters'] for p in running.values()}) > 1:
+    raise SystemExit(f'not the same model: {sorted(counts)} trained parameters')
   for i in range(args.rounds):
     for name, process in running.items():
       seconds = process.round()
