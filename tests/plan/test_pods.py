@@ -6,12 +6,10 @@ All of them take the better part of an hour on one core: `pytest -m pods tests/p
 import json
 
 import pytest
-from pods import FILE, PODS, budget, load, off
-
-from mmjax.plan import topology
+from pods import FILE, PODS, budget, chips, load, off
 
 GOLDEN = json.loads(FILE.read_text())
-TINY = 'unified_8b:tiny'
+TINY = 'unified_8b:tiny@v5e:2x2'
 QUICK = {TINY}
 
 
@@ -23,7 +21,7 @@ QUICK = {TINY}
 def test_takes_what_it_took(name):
   now = budget(load(name), name)
   assert off(now, GOLDEN[name]) == {}
-  assert now['hbm'] < topology.parse(PODS[name]).chip.hbm
+  assert now['hbm'] < chips(name).chip.hbm
 
 
 @pytest.mark.slow
