@@ -1,12 +1,13 @@
 """Which mesh, what to keep for the backward pass, how many rows at once?
 
   mesh shapes x remat x microbatches   ->  a guess of each: bytes, seconds
-  those that can't fit are left out    ->  the rest are compiled, best guess first
-  none that is left can still win      ->  or the time is up: ranked by modelled time
+  those that can't fit are left out    ->  the best guess is compiled
+  it corrects the guesses near it      ->  and so on, until none that is left is guessed
+                                           to win, or the time is up
 
 The guess is arithmetic on the traced step, whose residuals and products don't depend on
 the mesh: what autodiff keeps of a row, and what it multiplies. Only compiled candidates
-are in the result.
+are in the result, ranked by modelled time.
 """
 
 import concurrent.futures
@@ -15,7 +16,7 @@ import json
 import math
 import multiprocessing
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -33,6 +34,9 @@ from mmjax.train.optim import merge
 
 _TENSOR = (1, 2, 4, 8)
 _MATMUL = 0.85  # share of the peak that large products are guessed to reach
+_CLOSE = 1.02  # a guess that is so much worse than the best is compiled all the same
+# What the link to the host costs isn't modelled, so 'offload' would look free.
+_REMAT = tuple(name for name in REMAT if name != 'offload')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +68,11 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Guess:
-  """Of a choice: bytes of one device, seconds of a step, and the least that it takes."""
+  """Of a choice: bytes of one device, seconds of a step."""
 
   choice: Choice
   bytes: float
   seconds: float
-  least: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +114,8 @@ class Guesser:
     state = one.abstract
     trained, _ = one.optimizer.split(state.params)
     self.state, self.grads = _bytes(state), _bytes(trained)
+    sent = jax.numpy.dtype(config.optim.grad_dtype or 'float32').itemsize
+    self.sums = sent * sum(x.size for x in jax.tree.leaves(trained))
     self.weights = sum(x.size for x in jax.tree.leaves(state.params))
 
   def _parts(self, remat):
@@ -154,14 +159,15 @@ class Guesser:
     passes = 2 * choice.accumulate
     share = (choice.fsdp - 1) / choice.fsdp / choice.tensor
     gathered = passes * 2 * self.weights * share
-    reduced = choice.accumulate * self.grads * share
     ways = n // split
-    reduced += 2 * self.grads / split * (ways - 1) / ways
+    # An axis over all of a slice has its sums whole on every chip (docs/pods.md).
+    reduced = choice.accumulate * self.sums * share * (1 if choice.data > 1 else 2)
+    reduced += 2 * self.sums / split * (ways - 1) / ways
     rate = 2 * chip.link * (1 if choice.fsdp * choice.data < n else 2)
     seconds = max(compute / _MATMUL, gathered / rate) + reduced / rate
     if choice.tensor > 1:  # activations are summed twice a layer, both ways
       seconds *= 1 + 0.1 * math.log2(choice.tensor)
-    return Guess(choice, held, seconds, compute)
+    return Guess(choice, held, seconds)
 
 
 def choices(config: ConfigDict, topology: Topology) -> Iterator[Choice]:
@@ -173,8 +179,18 @@ def choices(config: ConfigDict, topology: Topology) -> Iterator[Choice]:
       data = n // tensor // fsdp
       for accumulate in _powers(rows // (data * fsdp) or 1):
         if rows % (data * fsdp * accumulate) == 0 and data * fsdp * accumulate <= rows:
-          for remat in REMAT:
+          for remat in _REMAT:
             yield Choice(data, fsdp, tensor, remat, accumulate)
+
+
+def present(config: ConfigDict, topology: Topology) -> Choice:
+  """What the config itself says."""
+  sizes = {a: config.sharding.mesh.get(a, 1) for a in ('data', 'fsdp', 'tensor')}
+  known = math.prod(n for n in sizes.values() if n > 0)
+  free = _split(config, topology) // known
+  sizes = {axis: free if n == -1 else n for axis, n in sizes.items()}
+  remats = [p.remat for p in _trained_parts(config)] or ['none']
+  return Choice(**sizes, remat=remats[0], accumulate=config.train.accumulate)
 
 
 def _split(config: ConfigDict, topology: Topology) -> int:
@@ -207,33 +223,67 @@ def search(
   end = time.monotonic() + 60 * minutes
   guess = Guesser(config, topology)
   guesses = [guess(c) for c in choices(config, topology)]
-  queue = sorted(
-    (g for g in guesses if g.bytes <= topology.chip.hbm), key=lambda g: g.seconds
-  )
+  queue = [g for g in guesses if g.bytes <= topology.chip.hbm]
   print(f'{len(guesses)} choices, {len(queue)} that may fit {topology.name}', flush=True)
-  found: list[Found] = []
-  best = math.inf
+  seen: list[tuple[Guess, Found]] = []
+  running: dict[concurrent.futures.Future, Guess] = {}
   spawn = multiprocessing.get_context('spawn')
   with concurrent.futures.ProcessPoolExecutor(workers, spawn) as pool:
-    running: set[concurrent.futures.Future] = set()
-    while queue or running:
-      while queue and len(running) < workers and time.monotonic() < end:
-        one = queue.pop(0)
-        if one.least < best:
-          args = config_lib.to_json(config), one.choice, topology, cache
-          running.add(pool.submit(_compiled, *args))
-      if not running:
-        break
-      done, running = concurrent.futures.wait(
-        running, return_when=concurrent.futures.FIRST_COMPLETED
-      )
-      for future in done:
-        made = future.result()
-        found.append(made)
-        print(_line(made), flush=True)
-        if made.fits:
-          best = min(best, made.seconds)
-  return sorted(found, key=lambda f: (not f.fits, f.seconds))
+    one: Guess | None = guess(present(config, topology))
+    while one or running:
+      if one:
+        queue = [g for g in queue if g.choice != one.choice]
+        args = config_lib.to_json(config), one.choice, topology, cache
+        running[pool.submit(_compiled, *args)] = one
+      if not one or len(running) == workers:
+        for future in concurrent.futures.wait(
+          running, return_when=concurrent.futures.FIRST_COMPLETED
+        ).done:
+          seen.append((running.pop(future), future.result()))
+          print(_line(seen[-1][1]), flush=True)
+      late = time.monotonic() > end
+      one = None if late else following(queue, seen, topology.chip.hbm)
+  return sorted((f for _, f in seen), key=lambda f: (not f.fits, f.seconds))
+
+
+def following(
+  queue: Sequence[Guess], seen: Sequence[tuple[Guess, Found]], hbm: int
+) -> Guess | None:
+  """Of the guesses in the queue that which to compile next; None: none may win.
+
+  Args:
+    seen: what was compiled, with the guess of it; corrects the guesses near it.
+    hbm: bytes of a device.
+  """
+  best = min((f.seconds for _, f in seen if f.fits), default=math.inf)
+  made = [(corrected(g, seen), g) for g in queue]
+  may = [(c.seconds, g) for c, g in made if c.bytes <= hbm and c.seconds <= _CLOSE * best]
+  return min(may, key=lambda pair: pair[0], default=(None, None))[1]
+
+
+def corrected(guess: Guess, seen: Sequence[tuple[Guess, Found]]) -> Guess:
+  """A guess times what was found / what was guessed of the most alike compiled choice.
+
+  Of a `remat` that wasn't compiled yet, times are corrected as those that came out best.
+  """
+
+  def unlike(pair: tuple[Guess, Found]) -> tuple[float, ...]:
+    a, b = guess.choice, pair[0].choice
+    others = sum(
+      getattr(a, k) != getattr(b, k) for k in ('remat', 'tensor', 'accumulate')
+    )
+    return others, abs(math.log2(a.fsdp / b.fsdp))
+
+  held, seconds = guess.bytes, guess.seconds
+  if seen:
+    other, found = min(seen, key=unlike)
+    held *= found.peak / other.bytes
+  if fitting := [pair for pair in seen if pair[1].fits]:
+    other, found = min(fitting, key=unlike)
+    if other.choice.remat != guess.choice.remat:
+      other, found = min(fitting, key=lambda pair: pair[1].seconds / pair[0].seconds)
+    seconds *= found.seconds / other.seconds
+  return Guess(guess.choice, held, seconds)
 
 
 def _compiled(config: str, choice: Choice, topology: Topology, cache: Any) -> Found:
@@ -266,14 +316,7 @@ def nearest(config: ConfigDict, topology: Topology, cache: Any, tries: int = 4) 
   Changes are tried in the order of what they cost: more made anew, more microbatches,
   parameters split over more chips, all of them.
   """
-  guess = Guesser(config, topology)
-  sizes = {a: config.sharding.mesh.get(a, 1) for a in ('data', 'fsdp', 'tensor')}
-  known = math.prod(n for n in sizes.values() if n > 0)
-  free = _split(config, topology) // known
-  sizes = {axis: free if n == -1 else n for axis, n in sizes.items()}
-  tensor = sizes['tensor']
-  remats = [p.remat for p in _trained_parts(config)] or ['none']
-  now = Choice(sizes['data'], sizes['fsdp'], tensor, remats[0], config.train.accumulate)
+  guess, now = Guesser(config, topology), present(config, topology)
 
   def distance(choice: Choice) -> float:
     return (
@@ -281,7 +324,7 @@ def nearest(config: ConfigDict, topology: Topology, cache: Any, tries: int = 4) 
       + abs(math.log2(choice.fsdp / now.fsdp))
     )  # fmt: skip
 
-  every = [c for c in choices(config, topology) if c.tensor == tensor and c != now]
+  every = [c for c in choices(config, topology) if c.tensor == now.tensor and c != now]
   guesses = [guess(c) for c in every if c.remat in (now.remat, 'full')]
   likely = [g for g in guesses if g.bytes <= topology.chip.hbm]
   likely.sort(key=lambda g: (distance(g.choice), g.bytes))

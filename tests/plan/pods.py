@@ -75,12 +75,11 @@ def off(budget, golden):
 
 
 def main(names):
-  golden = json.loads(FILE.read_text()) if FILE.exists() else {}
   for name in names or PODS:
-    golden[name] = budget(
-      load(name), name, pathlib.Path('~/.cache/mmjax/plan').expanduser()
-    )
-    print(name, golden[name], flush=True)
+    cache = pathlib.Path('~/.cache/mmjax/plan').expanduser()
+    made = budget(load(name), name, cache)
+    print(name, made, flush=True)
+    golden = json.loads(FILE.read_text()) | {name: made}
     ordered = {n: golden[n] for n in PODS if n in golden}
     FILE.write_text(json.dumps(ordered, indent=1) + '\n')
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -152,6 +153,58 @@ class TestChoices:
     assert changed.model.lm.remat == 'none' and changed.model.resampler.remat == 'none'
     made.model.vision.remat = 'full'
     assert search.Choice(4, 1, 1, 'none', 1).apply(made).model.vision.remat == 'full'
+
+
+class TestSearch:
+  """Guesses without a compiler: (fsdp, remat) -> what it would say."""
+
+  REMAT = {'none': (20, 1.0), 'dots': (5, 1.1), 'full': (2, 1.4)}
+
+  def guess(self, fsdp, remat):
+    held, seconds = self.REMAT[remat]
+    choice = search.Choice(256 // fsdp, fsdp, 1, remat, 1)
+    return search.Guess(choice, GIB * (held + 64 / fsdp), seconds + fsdp / 1e3)
+
+  def truth(self, guess):
+    """'dots' is slower than guessed and larger; 'full' is as guessed."""
+    worse = 1.5 if guess.choice.remat == 'dots' else 1.0
+    fits = guess.bytes * worse < 16 * GIB
+    return search.Found(
+      '', fits, guess.bytes * worse, guess.seconds * worse if fits else math.inf, 0.5, 0
+    )
+
+  def test_finds_the_best_and_leaves_out_what_cannot_win(self):
+    every = [self.guess(2**k, r) for k in range(1, 9) for r in self.REMAT]
+    queue, now = [g for g in every if g.bytes <= 16 * GIB], self.guess(64, 'full')
+    queue.remove(now)
+    seen = [(now, self.truth(now))]
+    while one := search.following(queue, seen, 16 * GIB):
+      queue.remove(one)
+      seen.append((one, self.truth(one)))
+    assert seen[1][0].choice.remat == 'dots'
+    best = min(found.seconds for _, found in seen)
+    assert best == min(self.truth(g).seconds for g in every if self.truth(g).fits)
+    assert len(queue) > 5
+
+  def test_what_was_found_corrects_what_is_near(self):
+    near, far = self.guess(32, 'dots'), self.guess(64, 'full')
+    one = self.guess(16, 'dots')
+    assert search.corrected(near, []) == near
+    refused = search.Found('', False, 2 * one.bytes, math.inf, 0, 0)
+    assert search.corrected(near, [(one, refused)]).bytes == 2 * near.bytes
+    assert search.corrected(near, [(one, refused)]).seconds == near.seconds
+    seen = [(one, self.truth(one)), (far, self.truth(far))]
+    assert search.corrected(near, seen).seconds == pytest.approx(1.5 * near.seconds)
+    assert search.corrected(self.guess(2, 'full'), seen).seconds == pytest.approx(
+      self.guess(2, 'full').seconds
+    )
+
+  def test_begins_with_what_the_config_says(self):
+    made = config()
+    now = search.present(made, V5E)
+    assert now == search.Choice(1, 4, 1, made.model.remat, 1)
+    assert 'mesh' not in now.flags(made) or '-1' not in now.flags(made)
+    assert 'offload' not in {c.remat for c in search.choices(made, V5E)}
 
 
 def test_nearest_change_that_fits(monkeypatch):
