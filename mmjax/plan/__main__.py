@@ -65,7 +65,7 @@ def main(argv):
     print(report.text(made), flush=True)
     _write(report.to_json(made))
     if not made.fits and _NEAREST.value:
-      print(search.nearest(config, slices, cache), flush=True)
+      print(search.nearest(config, slices, cache, made.peak), flush=True)
     sys.exit(FITS if made.fits else DOES_NOT_FIT)
   except ValueError as error:
     if _TRACEBACK.value or not config_lib.is_ours(error):

@@ -310,11 +310,17 @@ def _line(one: Found) -> str:
   )
 
 
-def nearest(config: ConfigDict, topology: Topology, cache: Any, tries: int = 4) -> str:
+def nearest(
+  config: ConfigDict, topology: Topology, cache: Any, peak: int, tries: int = 4
+) -> str:
   """One line: the least change of a config that doesn't fit with which it does.
 
   Changes are tried in the order of what they cost: more made anew, more microbatches,
-  parameters split over more chips, all of them.
+  parameters split over more chips, all of them. What doesn't fit corrects the guesses.
+
+  Args:
+    peak: bytes of a device that the config was found to need.
+    tries: changes to compile at most.
   """
   guess, now = Guesser(config, topology), present(config, topology)
 
@@ -325,16 +331,28 @@ def nearest(config: ConfigDict, topology: Topology, cache: Any, tries: int = 4) 
     )  # fmt: skip
 
   every = [c for c in choices(config, topology) if c.tensor == now.tensor and c != now]
-  guesses = [guess(c) for c in every if c.remat in (now.remat, 'full')]
-  likely = [g for g in guesses if g.bytes <= topology.chip.hbm]
-  likely.sort(key=lambda g: (distance(g.choice), g.bytes))
-  for one in likely[:tries]:
-    made = compile_lib.plan(one.choice.apply(config), topology, cache)
-    if made.fits:
-      peak = f'{made.peak / GIB:.2f} GiB'
-      return f'nearest change that fits ({peak}): {one.choice.flags(config)}'
-  if not likely:
-    return (
-      f'no mesh, remat or microbatches fit it on {topology.name}: more chips, or less'
-    )
-  return f'{min(tries, len(likely))} nearest changes were compiled and do not fit either'
+  left = [guess(c) for c in every if c.remat in (now.remat, 'full')]
+  seen = [(guess(now), _refused(peak))]
+  for done in range(tries):
+    made = [(corrected(g, seen), g) for g in left]
+    likely = [
+      (distance(g.choice), c.bytes, g) for c, g in made if c.bytes <= topology.chip.hbm
+    ]
+    if not likely:
+      compiled = f' ({done} were compiled)' if done else ''
+      return (
+        f'no mesh, remat or microbatches fit it on {topology.name}{compiled}: more chips,'
+        ' or less'
+      )
+    one = min(likely, key=lambda found: found[:2])[2]
+    plan = compile_lib.plan(one.choice.apply(config), topology, cache)
+    if plan.fits:
+      size = f'{plan.peak / GIB:.2f} GiB'
+      return f'nearest change that fits ({size}): {one.choice.flags(config)}'
+    left.remove(one)
+    seen.append((one, _refused(plan.peak)))
+  return f'{tries} nearest changes were compiled and do not fit either'
+
+
+def _refused(peak: int) -> Found:
+  return Found('', False, peak, math.inf, 0.0, 0)
