@@ -3,10 +3,11 @@
   python tests/plan/pods.py [CONFIG@TOPOLOGY ...]
 
 from what the compiler says now. Look at what changed before it is committed: a number
-that grew is a regression until it is explained.
+that grew is a regression until it is explained. `--table` prints the docs' table of them.
 """
 
 import json
+import math
 import pathlib
 import sys
 
@@ -30,6 +31,23 @@ PODS = (
   'clip_l14@v5e:16x16',
   'unified_8b:tiny@v5e:2x2',
 )
+# (modelled MFU, GiB, bytes on the wire): of others' steps at the same model FLOPs, batch
+# and chips, read out in the same way, and what is aimed at; 0 = no aim.
+ANCHORS = {
+  'unified_8b': ('MaxText', 0.509, 6.41, 6.0e10),
+  'unified_4b_image': ('MaxText', 0.403, 12.37, 2.67e10),
+  'paligemma_3b': ('big_vision', 0.319, 4.02, 3.49e10),
+  'siglip_so400m': ('big_vision', 0.314, 4.75, 1.69e10),
+}
+GOALS = {
+  'unified_8b': (0.55, 15, 6.0e10),
+  'unified_4b_image': (0.5, 12, 2.7e10),
+  'paligemma_3b': (0.5, 4, 2.0e10),
+  'siglip_so400m': (0.45, 4.75, 1.2e10),
+  'unified_1b': (0.45, 0, 0),
+  'flamingo_3b': (0.45, 0, 0),
+  'flamingo_9b': (0.45, 0, 0),
+}
 SHARE = 0.03  # that a number may be off
 KEYS = ('hbm', 'wire', 'kernels')
 
@@ -74,7 +92,37 @@ def off(budget, golden):
   }
 
 
+def table(golden):
+  """Markdown: what each pod takes, beside its anchor and its goal."""
+  lines = ['| config | chips | MFU | GiB | sent | anchor | goal |', '|' + ' --- |' * 7]
+  for name in PODS:
+    config, _, chips = name.partition('@')
+    if ':' in config:
+      continue
+    anchor, goal = ANCHORS.get(config), GOALS.get(config)
+    cells = [f'`{config}`', f'`{chips}`', *(['not compiled yet', '', ''])]
+    if name in golden:
+      g = golden[name]
+      found = g['modelled_mfu'], g['hbm'] / 2**30, g['wire']
+      cells[2:] = _said(found, goal)
+    cells.append(f'{anchor[0]} {", ".join(_said(anchor[1:]))}' if anchor else '')
+    cells.append(', '.join(s for s, n in zip(_said(goal), goal) if n) if goal else '')
+    lines.append(f'| {" | ".join(cells)} |')
+  return '\n'.join(lines)
+
+
+def _said(found, goal=None):
+  """MFU, GiB and bytes as words; in bold where the goal isn't met."""
+  words = [f'{found[0]:.3f}', f'{found[1]:.2f}', f'{found[2]:.2g}'.replace('e+', 'e')]
+  mfu, gib, wire = goal or (0, 0, 0)
+  short = found[0] < mfu, found[1] > (gib or math.inf), found[2] > (wire or math.inf)
+  return [f'**{w}**' if s else w for w, s in zip(words, short)]
+
+
 def main(names):
+  if names == ['--table']:
+    print(table(json.loads(FILE.read_text())))
+    return
   for name in names or PODS:
     cache = pathlib.Path('~/.cache/mmjax/plan').expanduser()
     made = budget(load(name), name, cache)

@@ -9,7 +9,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from pods import FILE, PODS, budget, chips, load, off
+from pods import FILE, PODS, budget, chips, load, off, table
 
 from mmjax import sharding
 from mmjax.plan.compile import lower
@@ -39,6 +39,16 @@ def test_takes_what_it_took(name):
 def test_a_wrong_partition_spec_is_found():
   """Kernels whole on every chip, as a forgotten axis name would leave them."""
   assert off(budget(load(TINY, embed=None), TINY), GOLDEN[TINY])
+
+
+def test_table_says_which_goals_are_not_met():
+  made = dict(hbm=16 * 2**30, wire=5e10, modelled_mfu=0.56)
+  lines = table({'unified_8b@v5e:16x16': made}).splitlines()
+  assert lines[2] == (
+    '| `unified_8b` | `v5e:16x16` | 0.560 | **16.00** | 5e10 |'
+    ' MaxText 0.509, 6.41, 6e10 | 0.550, 15.00, 6e10 |'
+  )
+  assert sum('not compiled yet' in line for line in lines) == len(lines) - 3
 
 
 def full(budget, rows):
