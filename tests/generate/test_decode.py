@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from documents import length, pack, random_document
+from fusions import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from wide import float64, largest_error, widen
@@ -73,8 +74,7 @@ def test_cached_logits_equal_the_full_forward(seed, spans, scan):
     got, cache = step(piece, cache, jnp.int32(i * width))
     for b, n in enumerate(sizes):
       here = slice(places[b], places[b] + n)
-      size = np.abs(want[b, here]).max()
-      np.testing.assert_allclose(got[b, :n], want[b, here], rtol=0, atol=1e-5 * size)
+      assert_close(got[b, :n], want[b, here], 1e-5)
     places += sizes
 
 
