@@ -185,7 +185,11 @@ def _walk_back(limit, hidden, head, kept, tokens, log_z, d_log_z, d_right):
 
     mine = jnp.zeros((*tokens.shape, part.devices, hidden.shape[-1]), jnp.float32)
     mine, d_kernel = part.walk(step, (mine, part.split(jnp.zeros_like(kernel))))
-    d_hidden = d_hidden + jnp.sum(mine, -2)
+    # What devices add up is sent as narrow as the hidden states are.
+    mine = mine.astype(hidden.dtype)
+    zero = jnp.zeros((), mine.dtype)
+    mine = jax.lax.reduce(mine, zero, jax.lax.add, (mine.ndim - 2,))
+    d_hidden = d_hidden + mine.astype(jnp.float32)
     d_kernels.append(d_kernel.reshape(kernel.shape))
     first += part.devices * part.words
   return d_hidden, d_kernels

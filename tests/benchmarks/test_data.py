@@ -55,5 +55,5 @@ def test_the_pipeline_packs_every_image(bench, out):
 
 @pytest.mark.slow
 def test_memory_stays_flat(bench):
-  seen = bench.memory(documents=6000, first=2000, size=500)
+  seen = bench.memory(0, documents=6000, first=2000, size=500)
   assert seen['6000'] - seen['2000'] < 16  # MB: an image of each would be 12 more
