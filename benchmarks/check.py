@@ -39,6 +39,7 @@ if __name__ == '__main__' and hasattr(os, 'sched_setaffinity'):
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import numpy as np  # noqa: E402
+from contestant import processor  # noqa: E402
 
 FILE = pathlib.Path(__file__).with_suffix('.json')
 LOSS = 0.15
@@ -158,26 +159,16 @@ def parts_of(name):
 
 
 def batch_of(parts):
-  """Full rows of documents of two images and text."""
-  from mmjax.data.document import Document, Image, Text
-  from mmjax.data.example import to_example
+  """Two documents of an image and text in each row."""
+  import step_documents
+
   from mmjax.data.pack import pack
 
   rng = np.random.default_rng(0)
-
-  class Words:
-    end_id = 0
-
-    def encode(self, text):
-      return list(rng.integers(1, VOCABULARY, len(text)))
-
-  rule, slots = parts.media_rules['image'], parts.model.slots
-  rows = []
-  for _ in range(ROWS):
-    image = Image(rng.integers(0, 256, (128, 128, 3), np.uint8))
-    document = Document((image, Text('.' * 60, True)))
-    args = dict(tokenizer=Words(), rules={'image': rule}, slots=slots)
-    rows.append([to_example(document, **args) for _ in range(2)])
+  how = dict(side=128, slots=parts.model.slots, vocab_size=VOCABULARY)
+  rows = [
+    [step_documents.example(rng, 1, 61, **how) for _ in range(2)] for _ in range(ROWS)
+  ]
   return pack(rows, parts.budget)
 
 
@@ -325,12 +316,6 @@ CASES = {
 }
 
 
-def processor():
-  """Its model's name, as Linux tells it."""
-  text = pathlib.Path('/proc/cpuinfo').read_text()
-  return dict(x.split('\t: ', 1) for x in text.splitlines() if '\t: ' in x)['model name']
-
-
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--record', action='store_true', help='write check.json')
@@ -342,7 +327,8 @@ def main():
   if unknown := set(names) - set(CASES):
     parser.error(f'no case {min(unknown)!r} (choices: {", ".join(CASES)})')
   kept = json.loads(FILE.read_text()) if FILE.exists() else {}
-  where = args.against or processor()
+  _, here = processor()
+  where = args.against or here
   if where not in kept and not args.record:
     print(f'no ratios of {where!r} (there are: {", ".join(kept)}); --record makes some')
     return 2
@@ -350,7 +336,7 @@ def main():
   cases = (CASES[name]() for name in names)
   ratios, lost = judge(cases, {} if args.record else kept[where], args.turns)
   seconds = round(time.monotonic() - began)
-  line = {'benchmark': 'check', 'processor': processor(), 'seconds': seconds}
+  line = {'benchmark': 'check', 'processor': here, 'seconds': seconds}
   print(json.dumps(line | {'ratios': ratios}), flush=True)
   if args.record:
     kept[where] = kept.get(where, {}) | ratios

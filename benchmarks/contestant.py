@@ -7,7 +7,12 @@ Each has a process of its own, so that none has another's memory, threads or set
 """
 
 import json
+import os
+import pathlib
 import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
 
 
 class Contestant:
@@ -35,3 +40,37 @@ class Contestant:
   def close(self):
     self.process.stdin.close()
     self.process.wait()
+
+
+def environment(threads: int, **more: str) -> dict[str, str]:
+  """A contestant's environment: so many threads of OpenMP's, JAX on the CPU."""
+  return {**os.environ, 'OMP_NUM_THREADS': str(threads), 'JAX_PLATFORMS': 'cpu', **more}
+
+
+# Huge pages in malloc (glibc), without which memory is paid for page by page, again and
+# again.
+HUGE_PAGES = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
+
+
+def take_turns(
+  running: Mapping[str, Contestant], rounds: int, what: str, words: Callable[[float], str]
+) -> None:
+  """So many rounds of every contestant, by name, in turns; told as they come.
+
+  Args:
+    what: is measured, for people.
+    words: what is said of a round's first number.
+  """
+  for i in range(rounds):
+    for name, contestant in running.items():
+      found = words(contestant.round())
+      where = f'{what}, round {i + 1} of {rounds}'
+      print(f'{where}: {name} {found}', file=sys.stderr, flush=True)
+      time.sleep(0.5)  # idle threads of the last one stop spinning
+
+
+def processor() -> tuple[str, str]:
+  """Maker and model, as Linux tells them; '?' = it doesn't."""
+  text = pathlib.Path('/proc/cpuinfo').read_text()
+  fields = dict(x.split('\t: ', 1) for x in text.splitlines() if '\t: ' in x)
+  return fields.get('vendor_id', '?'), fields.get('model name', '?').strip()

@@ -44,7 +44,7 @@ import time
 
 import numpy as np
 import PIL.Image
-from contestant import Contestant
+from contestant import Contestant, environment, take_turns
 
 PATCH, SIDE, MOST = 16, 224, 576
 BATCH = 32
@@ -334,10 +334,9 @@ def serve(name, out, case, workers, images):
 
 class Process(Contestant):
   def __init__(self, name, workers, out, case, images):
-    env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'OMP_NUM_THREADS': '1'}
     command = [sys.executable, __file__, '--serve', name, '--case', case]
     command += ['--out', str(out), '--workers', str(workers), '--images', str(images)]
-    super().__init__(command, env)
+    super().__init__(command, environment(1))
 
   def result(self):
     self.close()
@@ -354,12 +353,7 @@ def run(case, out, args):
   for name in args.only.split(',') if args.only else NAMES:
     for workers in (1, 2):
       running[f'{name} {workers}'] = Process(name, workers, out, case, args.images)
-  for i in range(args.rounds):
-    for name, process in running.items():
-      speed = process.round()
-      where = f'{case}, round {i + 1} of {args.rounds}'
-      print(f'{where}: {name} {speed:.0f} images/s', file=sys.stderr, flush=True)
-      time.sleep(0.5)
+  take_turns(running, args.rounds, case, '{:.0f} images/s'.format)
   results = {name: process.result() for name, process in running.items()}
   for name, r in results.items():
     top = running.get(f'ceiling{"-area" * ("area" in name)} {name[-1]}')

@@ -21,7 +21,6 @@ transformers in new tokens per second.
 
 import argparse
 import json
-import os
 import pathlib
 import statistics
 import sys
@@ -29,7 +28,8 @@ import tempfile
 import time
 
 import numpy as np
-from contestant import Contestant
+from contestant import HUGE_PAGES, Contestant, environment, take_turns
+from prompts_generation import IMAGES, PATCH, SIDE, SLOTS, WORDS, patches, prompts
 
 CONTESTANTS = (
   'mmjax', 'mmjax-bf16', 'transformers', 'transformers-bf16', 'transformers-static',
@@ -39,33 +39,14 @@ NEVER = -1  # an end that no token is: all of `new` tokens are written
 NEW = 128
 
 
-def prompts(rows):
-  """(words i64[rows, WORDS], pixels f32[rows, IMAGES, SIDE, SIDE, 3])."""
-  from torch_generation import IMAGES, SIDE, VOCAB, WORDS
-
-  rng = np.random.default_rng(0)
-  words = rng.integers(3, VOCAB - 10, (rows, WORDS))
-  return words, rng.normal(size=(rows, IMAGES, SIDE, SIDE, 3)).astype('f')
-
-
-def patches(pixels, patch):
-  """f[B, I, side, side, 3] -> f[B, I * (side / patch)^2, patch * patch * 3]."""
-  B, I, side = pixels.shape[:3]
-  n = side // patch
-  cut = pixels.reshape(B, I, n, patch, n, patch, 3).transpose(0, 1, 2, 4, 3, 5, 6)
-  return cut.reshape(B, I * n * n, -1)
-
-
 def packed(name, words, pixels):
   """The prompts as a `PackedBatch`: both pictures, then the words, causal."""
-  from torch_generation import IMAGES, PATCH, SIDE, SLOTS
-
   from mmjax.batch import PLACEHOLDER, BankBudget, Budget
 
   B, n, slots = len(words), SIDE // PATCH, SLOTS[name]
   media = IMAGES * slots
   T = media + words.shape[1]
-  values = patches(pixels, PATCH)
+  values = patches(pixels).reshape(B, IMAGES * n * n, -1)
   bank = BankBudget(values.shape[1], IMAGES, values.shape[2], 'float32')
   batch = Budget(T, 1, {'image': bank}).empty(B)
   s, bank = batch.stream, batch.bank['image']
@@ -127,11 +108,9 @@ def serve(contestant, name, folder, rows, threads):
 
 class Process(Contestant):
   def __init__(self, contestant, name, folder, rows, threads):
-    env = {**os.environ, 'OMP_NUM_THREADS': str(threads), 'JAX_PLATFORMS': 'cpu'}
-    env['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
     command = [sys.executable, __file__, '--serve', contestant, '--case', name]
     command += ['--folder', folder, '--rows', str(rows), '--threads', str(threads)]
-    super().__init__(command, env)
+    super().__init__(command, environment(threads, **HUGE_PAGES))
     self.tokens = np.asarray(self.facts)
 
   def result(self, slots):
@@ -157,16 +136,9 @@ def best(results, side):
 
 
 def case(name, folder, rows, args):
-  from torch_generation import IMAGES, SLOTS, WORDS
-
   names = args.only.split(',') if args.only else CONTESTANTS
   running = {n: Process(n, name, folder, rows, args.threads) for n in names}
-  for i in range(args.rounds):
-    for contestant, process in running.items():
-      seconds = process.round()
-      where = f'{name}, {rows} rows, round {i + 1} of {args.rounds}'
-      print(f'{where}: {contestant} {seconds:.2f} s', file=sys.stderr, flush=True)
-      time.sleep(0.3)  # idle threads of the last one stop spinning
+  take_turns(running, args.rounds, f'{name}, {rows} rows', '{:.2f} s'.format)
   slots = IMAGES * SLOTS[name] + WORDS
   results = {n: p.result(slots) for n, p in running.items()}
   report = {

@@ -44,7 +44,6 @@ SLACK = {'count': 0.1, 'clock': 0.25, 'chips': 0.1}
 # name: (topology, slices)
 PODS = {8: ('v5e:2x4', 1), 64: ('v5e:8x8', 1), 256: ('v5e:16x16', 1),
         1024: ('v5e:16x16', 4)}  # fmt: skip
-CACHE = pathlib.Path('~/.cache/mmjax/plan').expanduser()
 
 
 def exponent(xs, ys):
@@ -239,7 +238,7 @@ def clock():
 
 
 def chips():
-  from mmjax.plan import topology
+  from mmjax.plan import CACHE, topology
   from mmjax.plan.compile import plan
 
   found = {}

@@ -15,13 +15,12 @@ import pathlib
 
 import compiled  # noqa: F401  before JAX
 
-from mmjax.plan import topology
+from mmjax.plan import CACHE, topology
 from mmjax.plan.chips import GIB
 from mmjax.plan.compile import plan
 from mmjax.train import config as config_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
-CACHE = pathlib.Path('~/.cache/mmjax/plan').expanduser()
 SLICES = {
   64: ('v5e:8x8', 1),
   128: ('v5e:8x16', 1),

@@ -102,3 +102,11 @@ def pictures(batch, side, mean, std):
   x = (x - np.array(mean, np.float32)) / np.array(std, np.float32)
   x = x.transpose(0, 1, 6, 2, 4, 3, 5).reshape(B, -1, 3, side, side)
   return np.ascontiguousarray(x)
+
+
+def through_files(torch_model, folder):
+  """(model, parameters) here with the weights of a model of transformers."""
+  from mmjax.interop.huggingface import load
+
+  torch_model.save_pretrained(folder)
+  return load(folder)

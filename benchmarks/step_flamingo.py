@@ -134,9 +134,4 @@ def torch_loss(model, batch, head):
   return F.cross_entropy(logits.float(), labels, ignore_index=-100)
 
 
-def weights(torch_model, folder):
-  """(model, parameters) here with the weights of the PyTorch model, through files."""
-  from mmjax.interop.huggingface import load
-
-  torch_model.save_pretrained(folder)
-  return load(folder)
+weights = documents.through_files

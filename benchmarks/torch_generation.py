@@ -12,15 +12,13 @@ import warnings
 import numpy as np
 import torch
 import transformers
+from prompts_generation import IMAGES, PATCH, SIDE, SLOTS, VOCAB, patches
 
-SIDE, PATCH, VOCAB = 96, 16, 32_000
 # Of the language models, and of what makes latents of pictures.
 WIDTHS = dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8)
 VISION = dict(embed_dim=384, num_hidden_layers=6, num_attention_heads=6)
 LATENTS, DEPTH = 64, 6
-IMAGES, WORDS = 2, 32
 IMAGE = {'flamingo': VOCAB + 1, 'unified': VOCAB - 1}  # the token of an image's slot
-SLOTS = {'flamingo': 1, 'unified': (SIDE // PATCH) ** 2}  # of an image in the stream
 
 
 def flamingo():
@@ -91,14 +89,7 @@ class Peer:
     warnings.simplefilter('ignore')
     transformers.logging.set_verbosity_error()
     dtype = torch.bfloat16 if bf16 else torch.float32
-    cls = (
-      type(MODELS[name])
-      and {
-        'flamingo': transformers.IdeficsForVisionText2Text,
-        'unified': transformers.FuyuForCausalLM,
-      }[name]
-    )
-    self.model = cls.from_pretrained(folder, dtype=dtype).eval()
+    self.model = CLASSES[name].from_pretrained(folder, dtype=dtype).eval()
     self.more = {'cache_implementation': 'static'} if static else {}
     B, slots = len(words), IMAGES * SLOTS[name]
     ids = np.concatenate([np.full((B, slots), IMAGE[name]), words], 1)
@@ -111,11 +102,7 @@ class Peer:
       mask = torch.tensor(np.broadcast_to(seen, (B, *seen.shape)).astype(int))
       self.inputs['image_attention_mask'] = mask
     else:
-      n = SIDE // PATCH
-      cut = pixels.reshape(B, IMAGES, n, PATCH, n, PATCH, 3).transpose(
-        0, 1, 2, 4, 3, 5, 6
-      )
-      pixels = torch.tensor(cut.reshape(B * IMAGES, n * n, PATCH * PATCH * 3))
+      pixels = torch.tensor(patches(pixels)).flatten(0, 1)
     self.inputs['pixel_values'] = pixels.to(dtype)
 
   @torch.inference_mode()

@@ -38,7 +38,7 @@ import tempfile
 import time
 
 import step_documents as documents
-from contestant import Contestant
+from contestant import HUGE_PAGES, Contestant, environment, processor, take_turns
 
 MODELS, CASES = ('unified', 'flamingo', 'clip'), ('fixed', 'mixture')
 UNLOCK = ''.join(
@@ -251,10 +251,8 @@ class Process(Contestant):
   """A contestant of one model and case."""
 
   def __init__(self, name, model, case, args, preload=None):
-    env = {**os.environ, 'OMP_NUM_THREADS': str(args.threads), 'JAX_PLATFORMS': 'cpu'}
-    env['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
-    if preload:
-      env['LD_PRELOAD'] = preload
+    more = {'LD_PRELOAD': preload} if preload else {}
+    env = environment(args.threads, **HUGE_PAGES, **more)
     command = [sys.executable, __file__, '--serve', name, '--model', model]
     command += ['--case', case]
     command += ['--devices', str(args.devices), '--threads', str(args.threads)]
@@ -283,17 +281,10 @@ class Process(Contestant):
     return made
 
 
-def processor():
-  """Maker and model, as the kernel knows them."""
-  text = pathlib.Path('/proc/cpuinfo').read_text()
-  fields = dict(x.split('\t: ', 1) for x in text.splitlines() if '\t: ' in x)
-  return f'{fields.get("vendor_id", "?")} {fields.get("model name", "?").strip()}'
-
-
 def unlock(folder):
   """The preloaded library's path; None on Intel's processors or without a compiler."""
   compiler = shutil.which('cc') or shutil.which('gcc')
-  if compiler is None or processor().startswith('GenuineIntel'):
+  if compiler is None or processor()[0] == 'GenuineIntel':
     return None
   source, library = folder / 'unlock.c', folder / 'unlock.so'
   source.write_text(UNLOCK)
@@ -312,12 +303,7 @@ def measure(model, case, args, library):
       running[f'{n} unlocked'] = Process(n, model, case, args, library)
   if len(counts := {p.facts['parameters'] for p in running.values()}) > 1:
     raise SystemExit(f'not the same model: {sorted(counts)} trained parameters')
-  for i in range(args.rounds):
-    for name, process in running.items():
-      seconds = process.round()
-      where = f'{model}, {case}, round {i + 1} of {args.rounds}'
-      print(f'{where}: {name} {seconds:.2f} s', file=sys.stderr, flush=True)
-      time.sleep(0.5)  # idle threads of the last one stop spinning
+  take_turns(running, args.rounds, f'{model}, {case}', '{:.2f} s'.format)
   results = {n: p.result() for n, p in running.items()}
   for r in results.values():
     if 'mmjax' in results:
@@ -357,7 +343,7 @@ def main():
           'benchmark': 'train_step',
           'model': model,
           'case': case,
-          'processor': processor(),
+          'processor': ' '.join(processor()),
           'devices': args.devices,
           'threads': args.threads,
           'same_loss': comparison.facts,

@@ -22,6 +22,7 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 
 from absl import app, flags, logging
 
+from mmjax.plan import CACHE
 from mmjax.train import config as config_lib
 
 _TOPOLOGY = flags.DEFINE_string(
@@ -29,9 +30,7 @@ _TOPOLOGY = flags.DEFINE_string(
 )
 _SLICES = flags.DEFINE_integer('slices', 1, 'How many such slices.')
 _JSON = flags.DEFINE_string('json', None, "A file to write the plan to; '-' = stdout.")
-_CACHE = flags.DEFINE_string(
-  'cache', '~/.cache/mmjax/plan', "Where read-outs are kept; '' = nowhere."
-)
+_CACHE = flags.DEFINE_string('cache', CACHE, "Where read-outs are kept; '' = nowhere.")
 _NEAREST = flags.DEFINE_boolean(
   'nearest', True, 'Where it does not fit, look for the nearest change that does.'
 )
@@ -53,7 +52,7 @@ def main(argv):
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)
   config = flags.FLAGS.config
-  cache = pathlib.Path(_CACHE.value).expanduser() if _CACHE.value else None
+  cache = _CACHE.value or None
   try:
     slices = topology.parse(_TOPOLOGY.value, _SLICES.value)
     if _SEARCH.value:

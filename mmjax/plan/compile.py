@@ -87,7 +87,7 @@ def plan(
   Args:
     config: resolved and checked.
     topology: see `plan.topology.parse`.
-    cache: a directory for read-outs; None = compile every time.
+    cache: a directory for read-outs ('~' = home); None = compile every time.
     options: compiler options of libtpu.
 
   Raises:
@@ -191,7 +191,7 @@ def _read_out(lowered, parts, topology, cache, options):
     topology.slices, sorted(options.items()), _FORMAT, _code(),
   )  # fmt: skip
   key = hashlib.sha256(repr(told).encode()).hexdigest()[:32]
-  path = cache and pathlib.Path(cache) / f'{key}.json'
+  path = cache and pathlib.Path(cache).expanduser() / f'{key}.json'
   if path and path.is_file():
     return _from_json(json.loads(path.read_text()))
   readout, needed = None, None

@@ -15,7 +15,9 @@ PATH = pathlib.Path(__file__).parents[2] / 'benchmarks' / 'check.py'
 def check():
   spec = importlib.util.spec_from_file_location('check', PATH)
   sys.modules['check'] = module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(PATH.parent)
+    spec.loader.exec_module(module)
   return module
 
 

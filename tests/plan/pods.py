@@ -11,7 +11,7 @@ import math
 import pathlib
 import sys
 
-from mmjax.plan import report, topology
+from mmjax.plan import CACHE, report, topology
 from mmjax.plan.compile import plan
 from mmjax.train import config as config_lib
 
@@ -124,8 +124,7 @@ def main(names):
     print(table(json.loads(FILE.read_text())))
     return
   for name in names or PODS:
-    cache = pathlib.Path('~/.cache/mmjax/plan').expanduser()
-    made = budget(load(name), name, cache)
+    made = budget(load(name), name, CACHE)
     print(name, made, flush=True)
     golden = json.loads(FILE.read_text()) | {name: made}
     ordered = {n: golden[n] for n in PODS if n in golden}
