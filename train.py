@@ -23,7 +23,7 @@ from mmjax.train import config as config_lib
 from mmjax.train import processes
 
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Where the run goes; default: runs/<name of the config>.'
+  'workdir', None, 'Folder of the run, or gs://...; default: runs/<name of the config>.'
 )
 _TRACEBACK = flags.DEFINE_boolean('traceback', False, 'Show where an error came from.')
 _PROFILE = flags.DEFINE_string(

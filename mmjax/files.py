@@ -1,18 +1,22 @@
-"""Files that others made: where they are, and the opening of those that two rooms read.
+"""Files: where they are, how they are written, and those that two rooms read.
 
   path/to/model.gguf       a path
   package:NAME/FILE        FILE inside the installed package NAME, which is not imported
+  gs://bucket/runs/one     of a run also this, see `place`: `etils.epath` by gcsfs
 
 Leftmost in the import law: `data` takes the tokenizer, `interop` the weights of the
 same GGUF file.
 """
 
+import contextlib
 import importlib.util
 import os
 import pathlib
+import uuid
 from typing import Any
 
 _PACKAGE = 'package:'
+_BUCKET = 'gs://'
 
 
 def find(spec: str | os.PathLike) -> pathlib.Path:
@@ -50,6 +54,72 @@ def on_disk(path: str | os.PathLike, what: str) -> pathlib.Path:
       ' shared disk'
     )
   return pathlib.Path(text)
+
+
+def in_bucket(path: str | os.PathLike) -> bool:
+  """Whether a path is not of this machine's file system but in a bucket."""
+  return os.fspath(path).startswith(_BUCKET)
+
+
+def place(path: str | os.PathLike, what: str) -> Any:
+  """A path of a run: pathlib's on a disk, in a bucket one with the same methods.
+
+  In a bucket there are no empty folders, nothing is appended to, and no folder is
+  renamed as one act; but an object is whole when it appears.
+
+  Raises:
+    ValueError: another kind of bucket, a bucket without a folder, or no gcsfs.
+  """
+  if not in_bucket(path):
+    return on_disk(path, what)
+  if not os.fspath(path).removeprefix(_BUCKET).strip('/').partition('/')[2]:
+    raise ValueError(f'{what} {path}: name a folder in the bucket, as {path}/runs/one')
+  if importlib.util.find_spec('gcsfs') is None:
+    raise ValueError(
+      f"{what} {path}: needs the package gcsfs: pip install 'mmjax[cloud]'"
+    )
+  # The same way to the bucket whether or not TensorFlow happens to be installed.
+  os.environ.setdefault('EPATH_USE_TF', 'false')
+  import fsspec
+  from etils import epath
+
+  # Other processes write there too, and TensorStore does, of which gcsfs doesn't hear.
+  fsspec.config.conf.setdefault('gcs', {}).setdefault('use_listings_cache', False)
+  return epath.Path(path)
+
+
+@contextlib.contextmanager
+def reaching(path: str | os.PathLike):
+  """Inside, what goes wrong with a bucket is one line.
+
+  Raises:
+    ValueError: no such bucket, no right to it, no way there.
+  """
+  try:
+    yield
+  except Exception as error:
+    if not in_bucket(path) or isinstance(error, ValueError):
+      raise
+    why = ' '.join(str(error).split()) or type(error).__name__
+    raise ValueError(f'{path}: {type(error).__name__}: {why[:300]}') from error
+
+
+def replace(path: Any, content: str | bytes) -> None:
+  """Writes a file whole or not at all: a reader never sees half of it.
+
+  Args:
+    path: a path or a `place`, in a folder that is there.
+  """
+  data = content.encode() if isinstance(content, str) else content
+  if in_bucket(path):
+    path.write_bytes(data)
+    return
+  fresh = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:12]}')  # hosts share pids
+  try:
+    fresh.write_bytes(data)
+    os.replace(fresh, path)
+  finally:
+    fresh.unlink(missing_ok=True)
 
 
 def open_gguf(path: str | os.PathLike) -> Any:

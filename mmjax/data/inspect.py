@@ -17,7 +17,8 @@ import sys
 import jax
 from absl import app, flags, logging
 
-from mmjax.eval import batch_page, batch_stats, report
+from mmjax import files
+from mmjax.eval import batch_page, batch_stats
 from mmjax.train import build, datasets
 from mmjax.train import config as config_lib
 
@@ -56,7 +57,7 @@ def inspect(config, name, out, step=0, rows=8, steps=0) -> str:
     batch, tags, dataset.tokenizer, model.slots, title=title, rows=rows, stats=stats
   )
   out.parent.mkdir(parents=True, exist_ok=True)
-  report.replace(out, page)
+  files.replace(out, page)
   return f'{stats.table()}\n{out}' if stats else str(out)
 
 

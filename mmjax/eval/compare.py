@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mmjax import files
 from mmjax.data import tokenizer
 from mmjax.eval import curves, report
 from mmjax.plan.flops import flops
@@ -42,7 +43,7 @@ def measure(workdir: str | os.PathLike) -> dict[str, Any]:
   Raises:
     ValueError: no run there, or no data of it; one line.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = files.place(workdir, 'the run')
   path = workdir / 'config.json'
   if not path.exists():
     raise ValueError(f'no run at {workdir}: {path.name} is missing')
@@ -182,7 +183,7 @@ def compare(
   """
   runs = [measure(workdir) for workdir in workdirs]
   metric = metric or common_metric(runs)
-  report.replace(pathlib.Path(out), page(runs, metric))
+  files.replace(pathlib.Path(out), page(runs, metric))
   return rows(runs, metric)
 
 

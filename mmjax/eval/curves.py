@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from mmjax import files
+
 _INK, _SOFT, _LINE = '#14181f', '#5b6472', '#e1e5eb'
 _OWN, _TRAIN, _SHUFFLED, _BLANK = '#2563eb', '#f08c2e', '#7b8798', '#b4bdc9'
 _TRAINING = (
@@ -38,7 +40,7 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
   Raises:
     ValueError: another line that is not a JSON object with a 'step'.
   """
-  lines = pathlib.Path(path).read_text(encoding='utf-8').splitlines()
+  lines = files.place(path, 'the log').read_text(encoding='utf-8').splitlines()
   records = []
   for number, line in enumerate(lines, 1):
     try:
@@ -137,9 +139,7 @@ def write(workdir: str | os.PathLike, title: str = '') -> pathlib.Path:
   workdir = pathlib.Path(workdir)
   picture = draw(read(workdir / 'metrics.jsonl'), title)
   path = workdir / 'curves.png'
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-  temporary.write_bytes(picture)
-  os.replace(temporary, path)
+  files.replace(path, picture)
   return path
 
 

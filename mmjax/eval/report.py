@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from mmjax import files
 from mmjax.eval import metrics
 
 _WRONG, _RIGHT = 200, 60  # cards at most
@@ -38,7 +39,7 @@ def write(workdir: str | os.PathLike, step: int, results: Mapping[str, Any]) -> 
   Returns:
     {'json': path, 'html': path, 'html/<name>': path of a page of its own}
   """
-  folder = pathlib.Path(workdir) / 'eval'
+  folder = files.place(workdir, 'the run') / 'eval'
   folder.mkdir(parents=True, exist_ok=True)
   content = {
     'step': int(step),
@@ -48,14 +49,14 @@ def write(workdir: str | os.PathLike, step: int, results: Mapping[str, Any]) -> 
     },
   }
   paths = {'json': folder / f'{step}.json'}
-  replace(paths['json'], json.dumps(content, indent=1, ensure_ascii=False) + '\n')
+  files.replace(paths['json'], json.dumps(content, indent=1, ensure_ascii=False) + '\n')
   if answers := {n: r for n, r in results.items() if not _has_page(r)}:
     paths['html'] = folder / f'{step}.html'
-    replace(paths['html'], page(step, answers))
+    files.replace(paths['html'], page(step, answers))
   for name, result in sorted(results.items()):
     if _has_page(result):
       paths[f'html/{name}'] = folder / f'{step}.{name}.html'
-      replace(paths[f'html/{name}'], result.page(step, name))
+      files.replace(paths[f'html/{name}'], result.page(step, name))
   return paths
 
 
@@ -69,7 +70,7 @@ def read(workdir: str | os.PathLike, step: int) -> dict | None:
   Raises:
     ValueError: the file is not one of ours.
   """
-  path = pathlib.Path(workdir) / 'eval' / f'{step}.json'
+  path = files.place(workdir, 'the run') / 'eval' / f'{step}.json'
   if not path.exists():
     return None
   try:
@@ -276,16 +277,6 @@ def _png(image: np.ndarray, side: int) -> dict[str, Any]:
   width, height = picture.size
   data = base64.b64encode(out.getvalue()).decode()
   return {'data': data, 'width': width, 'height': height}
-
-
-def replace(path: pathlib.Path, text: str) -> None:
-  """Writes next to the file, then moves: a reader never sees half of it."""
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-  try:
-    temporary.write_text(text, encoding='utf-8')
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
 
 
 def _nan(value) -> bool:

@@ -45,7 +45,7 @@ def rerun(
     ValueError: no run or no such checkpoint there (the steps are listed), nothing
       to evaluate, a change that doesn't fit, other data; one line.
   """
-  workdir = files.on_disk(workdir, '--workdir')
+  workdir = files.place(workdir, '--workdir')
   config = load(workdir, changes)
   if not config.eval:
     raise ValueError(f'{workdir}: config.eval names nothing to evaluate')
@@ -77,9 +77,10 @@ def load(workdir: pathlib.Path, changes: Sequence[str] = ()) -> ConfigDict:
     ValueError: no run there; a change of a key that isn't, or to another type.
   """
   path = workdir / 'config.json'
-  if not path.exists():
-    raise ValueError(f'no run at {workdir}: {path.name} is missing')
-  config = config_lib.from_json(path.read_text())
+  with files.reaching(workdir):
+    if not path.exists():
+      raise ValueError(f'no run at {workdir}: {path.name} is missing')
+    config = config_lib.from_json(path.read_text())
   for name in config.eval:
     if 'limit' in config.eval[name]:
       del config.eval[name]['limit']

@@ -19,7 +19,7 @@ import flax.linen as nn
 import flax.traverse_util
 import jax
 
-from mmjax.files import find
+from mmjax import files
 from mmjax.interop import pretrained
 from mmjax.names import closest
 from mmjax.train.checkpoint import Checkpoints
@@ -85,7 +85,7 @@ def _workdir(said) -> pathlib.Path | None:
   spec = said if isinstance(said, str) else said.get('spec')
   if not isinstance(spec, str):
     return None
-  path = find(spec)
+  path = files.place(spec, 'init') if files.in_bucket(spec) else files.find(spec)
   return path if (path / 'checkpoints').is_dir() else None
 
 

@@ -5,8 +5,9 @@
                               /optimizer    optimizer, step and counts
                               /meta         JSON: fingerprints, tokenizer hash, ...
 
-A directory appears under its step's name only when it is complete, so a process
-that is killed while saving leaves the older ones whole. Since storage can still
+A directory appears under its step's name only when it is complete (in a bucket: counts
+from when commit_success.txt is in it), so a process that is killed while saving leaves
+the older ones whole. Since storage can still
 lose or turn bytes, each array has a fingerprint: the sum modulo 2^32 of its bits
 times odd numbers of their places. It is the same on every mesh. A checkpoint that
 can't be read, or whose fingerprints differ, is put aside and the one before it
@@ -20,7 +21,6 @@ import fnmatch
 import logging
 import math
 import os
-import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,12 +30,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmjax import files
 from mmjax.train import processes
 from mmjax.train.optim import by_path
 from mmjax.train.state import TrainState
 
 _log = logging.getLogger('mmjax')
 _ITEMS = ('params', 'ema', 'optimizer')
+_COMMITTED = 'commit_success.txt'  # Orbax's mark of a whole one, where nothing is renamed
 FORMAT = 1
 # By format, what a checkpoint of it lacks to be one of the next; 0 had no number yet.
 _MIGRATIONS = {0: lambda meta: {**meta, 'goodput': {}}}
@@ -55,12 +57,17 @@ class Checkpoints:
   """
 
   def __init__(self, directory, keep: int = 3, read_only: bool = False):
-    self.directory = pathlib.Path(directory).resolve()
+    directory = files.place(directory, 'checkpoints')
+    self._bucket = files.in_bucket(directory)
+    self.directory = directory if self._bucket else directory.resolve()
     self._keep = _Keep(keep)
     self._read_only = read_only
-    if read_only and not self.directory.is_dir():
-      raise CheckpointError(f'no checkpoints at {self.directory}')
-    self._open()
+    with files.reaching(self.directory):
+      if read_only and not self.directory.is_dir():
+        raise CheckpointError(f'no checkpoints at {self.directory}')
+      if self._bucket and not read_only and jax.process_index() == 0:
+        self._remove_unfinished()
+      self._open()
 
   def _open(self):
     import orbax.checkpoint as ocp
@@ -73,10 +80,16 @@ class Checkpoints:
         preservation_policy=self._keep,
         create=not self._read_only,
         read_only=self._read_only,
-        cleanup_tmp_directories=not self._read_only,
+        cleanup_tmp_directories=not self._read_only and not self._bucket,
         enable_async_checkpointing=not self._read_only,
       ),
     )
+
+  def _remove_unfinished(self):
+    # Orbax' own way is in the background, and removes what is being put aside as well.
+    for path in self.directory.iterdir() if self.directory.is_dir() else ():
+      if path.name.isdigit() and not (path / _COMMITTED).exists():
+        path.rmtree()
 
   def steps(self) -> list[int]:
     """The steps of the complete checkpoints, oldest first."""
@@ -304,13 +317,25 @@ class Checkpoints:
     except CheckpointError:
       raise
     except Exception as error:
-      whole = sorted(int(p.name) for p in self.directory.glob('*') if p.name.isdigit())
+      whole = self._whole()
       last = (
         f'the last whole one is of step {whole[-1]}' if whole else 'there is none yet'
       )
       raise CheckpointError(
         f'could not save a checkpoint to {self.directory}: {_line(error)}; {last}'
       ) from error
+
+  def _whole(self):
+    """The steps that stand there; of a bucket that can't be reached, none."""
+    try:
+      found = [p for p in self.directory.glob('*') if p.name.isdigit()]
+      if self._bucket:
+        found = [p for p in found if (p / _COMMITTED).exists()]
+    except Exception:
+      if self._bucket:
+        return []
+      raise
+    return sorted(int(p.name) for p in found)
 
 
 class _Keep:

@@ -13,15 +13,16 @@ import contextlib
 import json
 import logging
 import math
-import os
 import pathlib
 import sys
 import time
 
 import tqdm
 
+from mmjax import files
+
 _log = logging.getLogger('mmjax')
-_LIBRARIES = ('absl', 'asyncio')
+_LIBRARIES = ('absl', 'asyncio', 'gcsfs')
 
 
 class RunLog:
@@ -147,9 +148,7 @@ def truncate(path: pathlib.Path, step: int) -> list[dict]:
   if not path.exists():
     return []
   kept = [line for line in read(path) if line['step'] <= step]
-  fresh = path.with_suffix('.tmp')
-  fresh.write_text(''.join(json.dumps(line) + '\n' for line in kept))
-  os.replace(fresh, path)
+  files.replace(path, ''.join(json.dumps(line) + '\n' for line in kept))
   return kept
 
 

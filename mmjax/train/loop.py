@@ -13,7 +13,6 @@ import contextlib
 import functools
 import logging
 import os
-import pathlib
 import time
 from typing import Any
 
@@ -28,6 +27,7 @@ from mmjax.train import build as build_lib
 from mmjax.train import config as config_lib
 from mmjax.train import log as log_lib
 from mmjax.train.checkpoint import Checkpoints
+from mmjax.train.mirror import Mirror
 from mmjax.train.profile import Profile
 from mmjax.train.progress import Progress
 from mmjax.train.signals import OUTCOMES, Signalled, Signals
@@ -78,10 +78,12 @@ def train(
   config_lib.check(config)
   build_lib.use_cpu_devices(config)
   processes.refuse_unjoined()
-  workdir = files.on_disk(workdir, '--workdir').absolute()
+  workdir = files.place(workdir, '--workdir')
+  workdir = workdir if files.in_bucket(workdir) else workdir.absolute()
   first = jax.process_index() == 0
-  with log_lib.logging_to(workdir, first):
-    _keep_config(config, workdir, first)
+  with Mirror(workdir, first) as mirror, log_lib.logging_to(mirror.folder, first):
+    with files.reaching(workdir):
+      _keep_config(config, workdir, first)
     _log.info('%s', processes.found())
     kept_in = cache.use(config.train.compilation_cache)
     _log.info('compiled programs are kept in %s', kept_in or 'no folder')
@@ -98,15 +100,16 @@ def train(
       config, dataset, parts.model, parts.budget, parts.media_rules
     )
     with sharding.use(parts.mesh, parts.rules):
-      run = _Run(config, workdir, parts, pipeline, dataset, evaluators, profile)
+      run = _Run(config, mirror, parts, pipeline, dataset, evaluators, profile)
       return run.go()
 
 
 class _Run:
   """One run of the loop; `go` does it."""
 
-  def __init__(self, config, workdir, parts, pipeline, dataset, evaluators, profile):
-    self.config, self.workdir, self.parts = config, workdir, parts
+  def __init__(self, config, mirror, parts, pipeline, dataset, evaluators, profile):
+    self.config, self.mirror, self.parts = config, mirror, parts
+    self.workdir = workdir = mirror.workdir
     self.pipeline, self.dataset, self.evaluators = pipeline, dataset, evaluators
     self.plan = pipeline.plan
     self.checkpoints = Checkpoints(workdir / 'checkpoints', config.train.keep)
@@ -116,13 +119,15 @@ class _Run:
     self.state = self._restore_or_init()
     self.start = self.saved = int(self.state.step)
     first = jax.process_index() == 0
-    self.log = log_lib.RunLog(workdir, self.start, config.train.steps, first)
+    self.log = log_lib.RunLog(mirror.folder, self.start, config.train.steps, first)
     self.signals = Signals()
     self.spikes = Spikes(workdir / 'spikes', **config.train.spikes)
     for about in kept(workdir / 'spikes'):
       self.checkpoints.pin(about['checkpoint'])
     self.watchdog = Watchdog(self.progress, config.train.watchdog, _tell_where)
-    self.profile = Profile(workdir / 'profile', profile if first else None)
+    self.profile = Profile(
+      mirror.folder / 'profile', profile if first else None, workdir / 'profile'
+    )
     self.lost = False  # another process
 
   def _restore_or_init(self):
@@ -305,6 +310,7 @@ class _Run:
       'config': self.config.to_dict(),
       'mmjax': mmjax.__version__,
     }
+    self.mirror.send()
     self.checkpoints.save(self.state, done, meta)
 
   def _evaluation_due(self, done) -> bool:
@@ -340,12 +346,12 @@ class _Run:
     except Signalled:
       return False
     if jax.process_index() == 0:
-      report.write(self.workdir, done, results)
+      report.write(self.mirror.folder, done, results)
       metrics = {
         f'eval/{k}': v for result in results.values() for k, v in result.metrics.items()
       }
       self.log.write(done, metrics)
-      curves.write(self.workdir, self.workdir.name)
+      curves.write(self.mirror.folder, self.workdir.name)
     self.window.restart_clock()
     self.watchdog.beat()
     return True
@@ -357,17 +363,16 @@ def _tell_where(head: str, where: str) -> None:
     _log.warning('%sprocess %d: %s', '' if k else f'{head}\n', k, said.rstrip())
 
 
-def _keep_config(config: ConfigDict, workdir: pathlib.Path, first: bool) -> None:
+def _keep_config(config: ConfigDict, workdir: Any, first: bool) -> None:
   path = workdir / 'config.json'
   if path.exists():
     differ = config_lib.refuse_changes(config_lib.from_json(path.read_text()), config)
     if differ:
       _log.info('changed since this run began: %s', ', '.join(differ))
   if first:
-    workdir.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix('.tmp')
-    fresh.write_text(config_lib.to_json(config))
-    os.replace(fresh, path)
+    if not files.in_bucket(workdir):  # it would make the bucket
+      workdir.mkdir(parents=True, exist_ok=True)
+    files.replace(path, config_lib.to_json(config))
   processes.barrier('config')
 
 

@@ -30,8 +30,11 @@ def span(text: str | None) -> tuple[int, int] | None:
 class Profile:
   """Traces the steps of a `span`; None = nothing."""
 
-  def __init__(self, folder: pathlib.Path, steps: tuple[int, int] | None):
+  def __init__(
+    self, folder: pathlib.Path, steps: tuple[int, int] | None, seen_as: Any = None
+  ):
     self._folder, self._active = folder, False
+    self._seen_as = seen_as or folder  # the name to tell
     self._start, self._stop = steps or (0, 0)
 
   def before(self, step: int, state: Any) -> str | None:
@@ -52,4 +55,4 @@ class Profile:
       return None
     self._active = False
     jax.profiler.stop_trace()
-    return f'a trace of the steps from {self._start} on is in {self._folder}'
+    return f'a trace of the steps from {self._start} on is in {self._seen_as}'

@@ -16,7 +16,6 @@ before as they are. That is quick and needs no data, but isn't the run's step.
 import contextlib
 import dataclasses
 import os
-import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,7 +26,7 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from mmjax import sharding
+from mmjax import files, sharding
 from mmjax.train import begin, build, cache, datasets, spikes
 from mmjax.train import config as config_lib
 from mmjax.train import step as step_lib
@@ -63,7 +62,7 @@ def replay(
   """
   from mmjax.eval.rerun import load
 
-  workdir = pathlib.Path(workdir)
+  workdir = files.place(workdir, '--workdir')
   config = load(workdir, changes)
   if not 1 <= step <= config.train.steps:
     raise ValueError(f'--step={step}: the run has steps 1 to {config.train.steps}')

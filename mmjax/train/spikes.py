@@ -13,15 +13,16 @@ The checkpoint before such a step is not deleted. `train.replay` makes the step 
 """
 
 import collections
+import io
 import json
 import logging
-import os
 import pathlib
 from typing import Any
 
 import jax
 import numpy as np
 
+from mmjax import files
 from mmjax.train.optim import by_path
 
 _log = logging.getLogger('mmjax')
@@ -70,14 +71,17 @@ class Spikes:
       return False
     self._kept.add(step)
     folder = self._folder / str(step)
+    rows = io.BytesIO()
+    np.savez(rows, **by_path(batch))
     try:
-      folder.mkdir(parents=True, exist_ok=True)
-      # Processes that load the same rows write the same file.
-      _write(folder / _rows(*block), lambda file: np.savez(file, **by_path(batch)))
-      if jax.process_index() == 0:
-        text = json.dumps({'step': step, 'blocks': block[1], **about}, indent=2)
-        _write(folder / 'about.json', lambda file: file.write(text.encode()))
-    except OSError as error:  # no reason to end a run
+      with files.reaching(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Processes that load the same rows write the same file.
+        files.replace(folder / _rows(*block), rows.getvalue())
+        if jax.process_index() == 0:
+          text = json.dumps({'step': step, 'blocks': block[1], **about}, indent=2)
+          files.replace(folder / 'about.json', text)
+    except (OSError, ValueError) as error:  # no reason to end a run
       _log.warning('step %d could not be kept: %s', step, error)
     return True
 
@@ -103,7 +107,7 @@ def load(folder: pathlib.Path, about: dict[str, Any], like: Any) -> Any:
     path = folder / str(about['step']) / _rows(i, about['blocks'])
     if not path.exists():
       raise ValueError(f'{path} is missing')
-    with np.load(path, allow_pickle=False) as file:
+    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
       blocks.append({name: file[name] for name in file.files})
   want = by_path(like)
   have = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
@@ -115,11 +119,3 @@ def load(folder: pathlib.Path, about: dict[str, Any], like: Any) -> Any:
 
 def _rows(block, blocks):
   return f'rows-{block}of{blocks}.npz'
-
-
-def _write(path, write):
-  """Whole or not at all."""
-  fresh = path.with_name(f'{path.name}.{jax.process_index()}.tmp')
-  with fresh.open('wb') as file:
-    write(file)
-  os.replace(fresh, path)
