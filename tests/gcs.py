@@ -10,6 +10,7 @@ For TensorStore generations and conditions on them, for gcsfs moving:
 
 import functools
 import http.server
+import importlib.util
 import re
 import sys
 import threading
@@ -17,8 +18,10 @@ import urllib.parse
 
 from gcp_storage_emulator import server, storage
 from gcp_storage_emulator.exceptions import NotFound
-from gcp_storage_emulator.handlers import buckets
+from gcp_storage_emulator.handlers import buckets, objects
 
+if importlib.util.find_spec('gcsfs') is None:  # imported once its environment is set
+  raise ModuleNotFoundError('gcsfs')
 _OBJECT = (
   r'(?:/(?:upload|download))?(?:/storage/v1)?/b/([^/]+)/o(?:/([^/]+))?(?:/moveTo/.*)?'
 )
@@ -40,6 +43,7 @@ class Bucket:
       'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'anybody',
       # It would ask Google which kind of bucket this is.
       'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false',
+      'NO_GCE_CHECK': 'true',
     }
 
   def __enter__(self):
@@ -63,10 +67,10 @@ class Bucket:
   def cut(self, name):
     """Leaves the first half of an object."""
     with self.lock:
-      about = self._storage.get_file_obj('bucket', name)
-      half = self.read(name)[: int(about['size']) // 2]
-      about = {**about, 'size': str(len(half)), 'generation': str(self.of(name) + 1)}
-      self._storage.create_file('bucket', name, half, about)
+      half = self.read(name)
+      half = half[: len(half) // 2]
+      about = objects._make_object_resource('', 'bucket', name, None, str(len(half)))
+      self._storage.create_file('bucket', name, half, objects._checksums(half, about))
 
   def of(self, name, bucket='bucket'):
     """The generation of an object; 0 = there is none."""

@@ -135,7 +135,7 @@ def clocked(name: str) -> bool:
 def read(path) -> list[dict]:
   """The lines of a metrics.jsonl; a half-written last one is left out."""
   lines = []
-  for text in pathlib.Path(path).read_text().splitlines():
+  for text in files.place(path, 'the log').read_text().splitlines():
     try:
       lines.append(json.loads(text))
     except json.JSONDecodeError:
