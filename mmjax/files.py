@@ -10,6 +10,7 @@ same GGUF file.
 
 import contextlib
 import importlib.util
+import logging
 import os
 import pathlib
 import uuid
@@ -95,13 +96,20 @@ def reaching(path: str | os.PathLike):
   Raises:
     ValueError: no such bucket, no right to it, no way there.
   """
+  told = logging.getLogger('gcsfs')  # the same, as a stack trace
+  before = told.level
+  told.setLevel(logging.CRITICAL)
   try:
     yield
   except Exception as error:
     if not in_bucket(path) or isinstance(error, ValueError):
       raise
-    why = ' '.join(str(error).split()) or type(error).__name__
-    raise ValueError(f'{path}: {type(error).__name__}: {why[:300]}') from error
+    if isinstance(error, FileNotFoundError):
+      raise ValueError(f'{path}: no such bucket') from error
+    why = ' '.join(str(error).split())[:300]
+    raise ValueError(f'{path}: {type(error).__name__}: {why}') from error
+  finally:
+    told.setLevel(before)
 
 
 def replace(path: Any, content: str | bytes) -> None:

@@ -37,7 +37,7 @@ class Mirror:
     active: whether this process writes.
 
   Raises:
-    ValueError: the workdir can't be reached.
+    ValueError: the workdir can't be reached, or written.
   """
 
   def __init__(self, workdir: Any, active: bool = True):
@@ -51,12 +51,17 @@ class Mirror:
   def __enter__(self) -> 'Mirror':
     if not files.in_bucket(self.workdir):
       return self
-    self.folder = pathlib.Path(tempfile.mkdtemp(prefix='mmjax-'))
+    found = {}
     if self._active:
       with files.reaching(self.workdir):
-        for name in _CONTINUED:
-          if (self.workdir / name).exists():
-            (self.folder / name).write_bytes((self.workdir / name).read_bytes())
+        there = [name for name in _CONTINUED if (self.workdir / name).exists()]
+        found = {name: (self.workdir / name).read_bytes() for name in there}
+        # As it is, but now: whoever may not write here is told at the door.
+        files.replace(self.workdir / 'train.log', found.get('train.log', b''))
+    self.folder = pathlib.Path(tempfile.mkdtemp(prefix='mmjax-'))
+    for name, content in found.items():
+      (self.folder / name).write_bytes(content)
+    if self._active:
       self._thread.start()
     return self
 
