@@ -57,12 +57,14 @@ setuptools.setup(
     'media': ['av>=16', 'soundfile>=0.13', 'soxr>=1'],
     # The TPU compiler, to plan for pods on a machine without one (700 MB).
     'plan': ['jax[tpu]>=0.10'],
-    # To read gs:// and s3:// while preparing data.
+    # gs:// and s3:// to prepare data from, gs:// for workdirs.
     'cloud': ['gcsfs', 's3fs'],
     'test': [
       'av>=16',
       'cykooz-resizer>=4',
       'easy-vqa==1.0',
+      'gcp-storage-emulator',
+      'gcsfs',
       'hypothesis',
       'kubernetes>=37',
       'opencv-python-headless',

@@ -4,8 +4,8 @@
 #   export NAME=mmjax ZONE=us-west4-a TYPE=v5litepod-256 VERSION=v2-alpha-tpuv5-lite
 #   launch/tpu_vm.sh create     asks for the slices and waits until they are there
 #   launch/tpu_vm.sh install    this repository's HEAD, in an environment on every host
-#   launch/tpu_vm.sh ssh 'sudo mount -o nfsvers=3 10.0.0.2:/runs /mnt/runs'    on every host
-#   launch/tpu_vm.sh run --config=configs/quickstart.py --workdir=/mnt/runs/one
+#   launch/tpu_vm.sh ssh 'gcloud storage cp -r gs://bucket/data .'    on every host
+#   launch/tpu_vm.sh run --config=configs/quickstart.py --workdir=gs://bucket/runs/one
 #   launch/tpu_vm.sh logs       what process 0 says; Ctrl-C ends only the looking
 #   launch/tpu_vm.sh stop       saves and ends, on every host
 #   launch/tpu_vm.sh delete     all of it; the workdir is elsewhere and stays

@@ -8,8 +8,8 @@
   anywhere else               --coordinator=10.0.0.1:1234 --num_processes=4 --process_id=2
 
 JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are the same as the
-flags. All processes get the same command and see the same workdir and data (a shared
-disk). `--distributed` insists on it, `--nodistributed` makes a run of each process.
+flags. All processes get the same command and see the same workdir (a shared disk, or
+gs://) and data (a shared disk, or a copy each). `--distributed` insists on it, `--nodistributed` makes a run of each process.
 """
 
 import contextlib
