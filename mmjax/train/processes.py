@@ -9,7 +9,8 @@
 
 JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are the same as the
 flags. All processes get the same command and see the same workdir (a shared disk, or
-gs://) and data (a shared disk, or a copy each). `--distributed` insists on it, `--nodistributed` makes a run of each process.
+gs://) and data (a shared disk, or a copy each). `--distributed` insists on it,
+`--nodistributed` makes a run of each process.
 """
 
 import contextlib
