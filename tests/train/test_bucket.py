@@ -29,7 +29,7 @@ from mmjax.train.mirror import Mirror
 gcs = pytest.importorskip('gcs', reason='needs gcsfs and gcp-storage-emulator')
 
 ROOT = pathlib.Path(__file__).parents[2]
-STEPS = 16
+STEPS = 24
 CONFIG = f"""
 from ml_collections import ConfigDict
 
@@ -262,7 +262,6 @@ def test_kill_9_in_a_bucket_ends_as_on_a_disk(config, bucket, tmp_path):
   log = (place / 'train.log').read_text()
   assert log.count('compiled the step') == 2 and f'done: {STEPS} steps' in log
   (said,) = finish(start('eval.py', config, place))
-  assert any(n.endswith('-cache') for n in bucket.names('compiled/'))
   assert 'identical predictions' in said and f'compared with eval/{STEPS}.json' in said
 
 
