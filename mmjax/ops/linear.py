@@ -13,6 +13,7 @@ itself is split would the flat dimension not be splittable; then nothing is
 flattened.
 """
 
+import functools
 import math
 
 import jax
@@ -49,14 +50,17 @@ def linear(
     raise ValueError(
       f'linear: x ends in {inner}, the kernel takes {kernel.shape[:num_in]}'
     )
-  dtype = x.dtype if dtype is None else dtype
+  dtype = jnp.dtype(x.dtype if dtype is None else dtype)
   fold = scale is not None and math.prod(lead) > math.prod(inner)
   if fold:
     kernel = _times(kernel, scale)
-  kernel = kernel.astype(x.dtype)
   if sharding.parts('seq') == 1:
     x = x.reshape(-1, *inner)
-  y = jnp.tensordot(x, kernel, num_in, preferred_element_type=dtype)
+  if x.dtype == dtype == jnp.bfloat16 and sharding.device()[0] == 'cpu':
+    y = _narrow(x, kernel, num_in)
+  else:
+    kernel = kernel.astype(x.dtype)
+    y = jnp.tensordot(x, kernel, num_in, preferred_element_type=dtype)
   y = y.reshape(lead + kernel.shape[num_in:])
   return y if scale is None or fold else _times(y, scale)
 
@@ -64,6 +68,39 @@ def linear(
 def _times(x, scale):
   """x f[..., D] times f[] or f[D], in x's dtype."""
   return x * scale.astype(x.dtype).reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _narrow(x, kernel, num_in):
+  """The product in bfloat16 on a CPU, see above; the kernel's gradient in its dtype."""
+  return _wide(x, kernel.astype(x.dtype), num_in).astype(x.dtype)
+
+
+def _narrow_back(num_in, factors, g):
+  x, kernel = factors
+  lead, out = x.ndim - num_in, kernel.ndim - num_in
+  rest = tuple(range(num_in, kernel.ndim))
+  dims = (tuple(range(lead, lead + out)), rest), ((), ())
+  back = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+  d_x = back(g, kernel.astype(g.dtype), dims)
+  d_kernel = _wide(turned(x, lead), g, lead)
+  return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
+
+
+def turned(x: jax.Array, lead: int) -> jax.Array:
+  """x with its first `lead` axes last, written so: a first factor as CPUs want it."""
+  # Behind a barrier, or the product would turn it back; then a reshape, since XLA looks
+  # for rows that lie as they are written.
+  y = jnp.moveaxis(x[None], range(lead + 1), range(-lead - 1, 0))
+  y = jax.lax.optimization_barrier(y)
+  return y.reshape(x.shape[lead:] + x.shape[:lead])
+
+
+def _wide(x, y, num_in):
+  return jnp.tensordot(x, y, num_in, preferred_element_type=jnp.float32)
+
+
+_narrow.defvjp(lambda x, kernel, n: (_narrow(x, kernel, n), (x, kernel)), _narrow_back)
 
 
 @jax.custom_vjp

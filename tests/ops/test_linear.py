@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +29,36 @@ def test_equals_tensordot_with_its_gradients(num_in):
   got, want = (jax.jit(jax.value_and_grad(h, (0, 1)))(x, kernel) for h in (f, g))
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
     np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize('num_in', [1, 2])
+def test_narrow_products_on_a_cpu_are_those_it_has(num_in):
+  """Given out in float32, contracted last axis first; gradients as of the plain one."""
+  x, kernel = example(num_in)
+  x = jnp.asarray(x, jnp.bfloat16)
+
+  def f(x, w):
+    return jnp.sum(jnp.sin(linear(x, w, num_in).astype(jnp.float32)))
+
+  def g(x, w):
+    w = w.astype(x.dtype).astype(jnp.float32)
+    y = jnp.tensordot(x.astype(jnp.float32), w, num_in)
+    return jnp.sum(jnp.sin(y.astype(x.dtype).astype(jnp.float32)))
+
+  gradient = jax.value_and_grad(f, (0, 1))
+  got, want = jax.jit(gradient)(x, kernel), jax.value_and_grad(g, (0, 1))(x, kernel)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    assert a.dtype == b.dtype
+    a, b = (np.asarray(y, np.float32) for y in (a, b))
+    np.testing.assert_allclose(a, b, atol=0.02 * np.abs(b).max())
+  text = jax.jit(gradient).lower(x, kernel).as_text()
+  products = [line for line in text.splitlines() if 'dot_general' in line]
+  assert len(products) == 3
+  for line in products:
+    assert line.split('->')[-1].strip().split('>')[0].endswith('f32')
+    first = re.search(r'\(tensor<([\dx]*)xbf16>', line).group(1).split('x')
+    last = re.search(r'contracting_dims = \[([\d, ]*)\]', line).group(1).split(',')
+    assert int(last[-1]) == len(first) - 1
 
 
 def test_kernel_gradient_contracts_one_dimension():

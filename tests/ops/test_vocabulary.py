@@ -230,9 +230,11 @@ def test_narrow_places_and_wide_kernels_on_older_cpus():
   """XLA lacks some products of bfloat16 for CPUs that have no instructions for them."""
   program = """
     import jax, jax.numpy as jnp
+    from mmjax.ops.linear import linear
     from mmjax.ops.vocabulary import Head, log_probs
 
     def loss(hidden, kernel):
+      hidden = linear(hidden, jnp.eye(6))
       head = Head((kernel,), (('embed', 'vocab'),), None)
       made = log_probs(hidden, head, jnp.zeros((8, 3), jnp.int32), limit=4 * 24 * 16)
       return jnp.mean(made.log_z - made.right)
