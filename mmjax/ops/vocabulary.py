@@ -33,7 +33,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mmjax.ops.linear import linear
+from mmjax.ops.linear import linear, turned
 from mmjax.shape import check
 from mmjax.sharding import changed, constrain, device, mesh_axes, parts
 
@@ -299,15 +299,21 @@ class _Part:
     # In the kernel's precision, so that this is what devices send each other.
     dtype = max(self.dtype, self.hidden.dtype, key=lambda dtype: dtype.itemsize)
     if device()[0] == 'cpu' and self.hidden.dtype != jnp.float32:
-      # In the order below XLA has no f32 product of bf16 for CPUs without AMX.
-      out = self._einsum('XQV', d, 'XD', self.hidden, 'QVD', dtype)
-      return jnp.moveaxis(out, -1, 0)
+      hidden = turned(self.hidden, self.hidden.ndim - 1)  # see `ops.linear`
+      return self._einsum('DX', hidden, 'XQV', d, 'DQV', jnp.float32)
     return self._einsum('XD', self.hidden, 'XQV', d, 'DQV', dtype)
 
   def _einsum(self, a, x, b, y, out, dtype):
     lead = 'BK'[: self.hidden.ndim - 1]
     spec = f'{a},{b}->{out}'.replace('X', lead)
-    return jnp.einsum(spec, x, y, preferred_element_type=dtype)
+    if self.devices > 1:
+      return jnp.einsum(spec, x, y, preferred_element_type=dtype)
+    # Without the axis of one: XLA would make a batch of it, in an order in which a CPU
+    # first turns the gradient of the logits.
+    a, b, kept = (z.replace('X', lead) for z in (a, b, out))
+    x, y = (z.squeeze(k.find('Q')) if 'Q' in k else z for k, z in ((a, x), (b, y)))
+    made = jnp.einsum(spec.replace('Q', ''), x, y, preferred_element_type=dtype)
+    return jnp.expand_dims(made, kept.find('Q'))
 
   def walk(self, step, carry):
     """step(carry, first word, words) over all blocks; the last may be smaller."""
