@@ -282,6 +282,17 @@ class _Part:
     ids = first + device * self.words + i + jnp.arange(size, dtype=jnp.int32)[None]
     return ids.reshape((1,) * (self.hidden.ndim - 1) + ids.shape)
 
+  def right(self, logits, tokens, i, first):
+    """f32[..., Q]: the logit of each token; 0 where another block or device has it."""
+    size = logits.shape[-1]
+    if self.devices > 1 or device()[0] != 'cpu':
+      here = self.ids(i, size, first) == tokens[..., None, None]
+      return jnp.sum(jnp.where(here, logits, 0.0), -1)
+    # A CPU would write all of what that adds up.
+    j = tokens[..., None] - first - i
+    found = jnp.take_along_axis(logits, jnp.clip(j, 0, size - 1)[..., None], -1)[..., 0]
+    return jnp.where((j >= 0) & (j < size), found, 0.0)
+
   def logits(self, i, size):
     """f32[..., Q, V]"""
     block = self.block(i, size)
@@ -345,7 +356,7 @@ def _fold(part, kept, tokens, first, stats, i, size):
   found = jnp.min(jnp.where(logits == high[..., None], ids, never), -1)
   new = jnp.maximum(top, high)
   total = total * jnp.exp(top - new) + jnp.sum(jnp.exp(logits - new[..., None]), -1)
-  right = right + jnp.sum(jnp.where(ids == tokens[..., None, None], logits, 0.0), -1)
+  right = right + part.right(logits, tokens, i, first)
   return new, total, right, jnp.where(high > top, found, best)
 
 
