@@ -41,13 +41,22 @@ from mmjax.ops.norms import layer_norm, rms_norm
 from mmjax.ops.positions import Scaling, Sections, rotary_angles, rotate, scaled
 from mmjax.sharding import constrain, param
 
+
+@jax.custom_jvp
+def relu2(x: jax.Array) -> jax.Array:
+  """relu(x)^2 (Primer, 2109.08668); its slope 2 relu(x) asks nobody for x's sign."""
+  return jnp.square(jax.nn.relu(x))
+
+
+relu2.defjvps(lambda dx, y, x: 2 * jax.nn.relu(x) * dx)
+
 ACTIVATIONS = {
   'silu': jax.nn.silu,
   'gelu': lambda x: jax.nn.gelu(x, approximate=False),
   'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
   'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),  # CLIP's
   'relu': jax.nn.relu,
-  'relu2': lambda x: jnp.square(jax.nn.relu(x)),  # Primer, 2109.08668
+  'relu2': relu2,
 }
 # Which products have a bias: attention's inputs (Qwen2), or all of them.
 BIAS = ('none', 'qkv', 'all')
@@ -280,15 +289,18 @@ class Attention(nn.Module):
     return y, kv
 
 
-@jax.custom_vjp
-def _gradients_once(x):
-  """x, whose gradient is made once, not anew inside of each product that reads it."""
-  return x
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _elementwise(f, *x):
+  """f(*x). Backward: one pass over x and y's gradient, kept is x alone; autodiff would
+  keep f's inner values. The results are made once, not anew in each product after it."""
+  return jax.lax.optimization_barrier(f(*x))
 
 
-_gradients_once.defvjp(
-  lambda x: (x, None), lambda _, dx: (jax.lax.optimization_barrier(dx),)
-)
+def _elementwise_backward(f, x, dy):
+  return jax.lax.optimization_barrier(jax.vjp(f, *x)[1](dy))
+
+
+_elementwise.defvjp(lambda f, *x: (_elementwise(f, *x), x), _elementwise_backward)
 
 
 class Mlp(nn.Module):
@@ -315,12 +327,10 @@ class Mlp(nn.Module):
     act = ACTIVATIONS[c.activation]
     hidden = checkpoint_name(up('up'), MLP_UP)
     if c.gated:
-      gate, hidden = _gradients_once((checkpoint_name(up('gate'), MLP_GATE), hidden))
-      hidden = act(gate) * hidden
+      gate = checkpoint_name(up('gate'), MLP_GATE)
+      hidden = _elementwise(lambda gate, up: act(gate) * up, gate, hidden)
     else:
-      hidden = act(_gradients_once(hidden))
-    # Made once, not anew inside of each product that reads it.
-    hidden = jax.lax.optimization_barrier(hidden)
+      hidden = _elementwise(act, hidden)
     init = kernel_init(c.out_scale)
     kernel = param(self, 'down', init, (F, D), ('mlp', 'embed'), c.param_dtype)
     # D as rows: of a gradient whose columns are split, a TPU sums up all on every device.

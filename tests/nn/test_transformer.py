@@ -5,7 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import wide
 from jax.sharding import PartitionSpec as P
+from jax.test_util import check_grads
 
 from mmjax import sharding
 from mmjax.batch import KeyTags, QueryTags
@@ -218,6 +220,22 @@ def test_mlp_is_the_gated_product(activation):
   w = variables['params']
   want = (transformer.ACTIVATIONS[activation](x @ w['gate']) * (x @ w['up'])) @ w['down']
   np.testing.assert_allclose(module.apply(variables, x), want, atol=1e-5)
+
+
+@pytest.mark.parametrize('activation', sorted(transformer.ACTIVATIONS))
+@pytest.mark.parametrize('gated', [True, False])
+def test_gradients_of_an_mlp_are_slopes(activation, gated):
+  """In float64, beside central differences; the gate's, too."""
+  config = dataclasses.replace(CONFIG, activation=activation, gated=gated)
+  config = dataclasses.replace(config, dtype='float64', param_dtype='float64')
+  with wide.float64():
+    x = wide.widen(example()[0])
+    params = Mlp(config).init(jax.random.key(0), x)
+
+    def loss(params, x):
+      return jnp.sum(jnp.sin(Mlp(config).apply(params, x)))
+
+    check_grads(loss, (params, x), order=1, modes=['rev'], eps=1e-6, atol=1e-6, rtol=1e-6)
 
 
 def plain_norm(x, w):
