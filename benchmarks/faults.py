@@ -19,6 +19,7 @@ phase, and one line of JSON.
 
 import argparse
 import collections
+import contextlib
 import json
 import multiprocessing
 import os
@@ -141,7 +142,8 @@ def disturb(run, chance, numbers):
     run.process.join()
     return None
   time.sleep(delay)
-  os.kill(run.process.pid, number)
+  with contextlib.suppress(ProcessLookupError):  # it has come to its end meanwhile
+    os.kill(run.process.pid, number)
   code, later = run.finish()
   told = {'phase': phase, 'signal': number.name, 'code': code, 'step': max(last, later)}
   return None if code == 0 else told
