@@ -6,8 +6,8 @@ Model: a ViT-H/14 and a language model of Llama-7B's widths, both frozen; a resa
 a gated cross-attention before every fourth layer are trained.
 
 Expect: no score; it was planned, never trained at this size. Modelled, by the compiler's
-estimates, for 256 chips of v5e (the second command): 9.4 GiB a chip, 3.7e10 bytes sent,
-MFU 0.48; see docs/planning.md.
+estimates, for 256 chips of v5e (the second command): 9.5 GiB a chip, 3.7e10 bytes sent,
+MFU 0.50; see docs/planning.md.
 
 COMMAND: python train.py --config=configs/flamingo_9b.py --workdir=runs/flamingo_9b
 What it takes: python -m mmjax.plan --config=configs/flamingo_9b.py --topology=v5e:16x16

@@ -7,8 +7,8 @@ Model: 0.43 B and 0.45 B parameters; the sigmoid loss over all pairs of the step
 round the ring of chips, so that no chip holds more than its own rows of logits.
 
 Expect: no score; it was planned, never trained at this size. Modelled by the compiler's
-estimates, on v5e:8x8 with a faster layer norm than there is: 600 ms a step, MFU 0.44,
-3.4 GiB of a chip, 6.3e9 bytes sent; see docs/planning.md.
+estimates, on v5e:8x8: 645 ms a step, MFU 0.41, 3.4 GiB of a chip, 6.4e9 bytes sent; see
+docs/planning.md.
 
 COMMAND: python train.py --config=configs/siglip_so400m.py --workdir=runs/siglip_so400m
 What it takes: python -m mmjax.plan --config=configs/siglip_so400m.py --topology=v5e:8x8
