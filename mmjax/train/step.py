@@ -30,10 +30,6 @@ from mmjax import sharding
 from mmjax.train.optim import Optimizer, merge
 from mmjax.train.state import TrainState
 
-# Without it XLA copies a donated state for the length of the step on CPUs: what reads it
-# (the new parameter) and what overwrites it (the new moment) are fusions side by side.
-CPU_OPTIONS = {'xla_cpu_copy_insertion_use_region_analysis': True}
-
 # (params, batch, rng, train) -> (sum of losses, sums: {'weight': count, ...})
 LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
@@ -203,6 +199,4 @@ def compile_step(step, abstract: TrainState, batch: Any):
   Another shape, dtype or sharding afterwards is an error, never a silent compile.
   Arguments as of `lower_step`.
   """
-  lowered = lower_step(step, abstract, batch)
-  cpu = sharding.device()[0] == 'cpu'
-  return lowered.compile(compiler_options=CPU_OPTIONS if cpu else None)
+  return lower_step(step, abstract, batch).compile()
