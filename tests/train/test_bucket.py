@@ -238,7 +238,9 @@ def result(place):
   return json.loads(meta.read_text())['fingerprints'], lines, page
 
 
+# Long, and open: once, on a busy machine, it ended with other parameters.
 @pytest.mark.slow
+@pytest.mark.long
 def test_kill_9_in_a_bucket_ends_as_on_a_disk(config, bucket, tmp_path):
   disk = tmp_path / 'disk'
   loop.train(config_lib.load(str(config)), disk, jax.devices()[:1])
