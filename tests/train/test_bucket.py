@@ -13,11 +13,9 @@ import time
 import jax
 import numpy as np
 import pytest
+import shades
 
 from mmjax import files
-from mmjax.data.document import Document, Image, Text
-from mmjax.data.tokenizer import ByteTokenizer
-from mmjax.data.writer import Writer
 from mmjax.eval import curves, report, rerun
 from mmjax.train import config as config_lib
 from mmjax.train import log as log_lib
@@ -30,23 +28,6 @@ gcs = pytest.importorskip('gcs', reason='needs gcsfs and gcp-storage-emulator')
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 24
-CONFIG = f"""
-from ml_collections import ConfigDict
-
-def get_config():
-  return ConfigDict(dict(
-    data=dict(
-      source='none', path=DATA, rows=2, image=dict(patch=2, resize='fixed', size=4),
-      budget=dict(stream=32, targets=16, image=dict(patches=8, items=2)),
-    ),
-    model=dict(embed_dim=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8,
-               mlp_dim=32, dropout=0.1),
-    optim=dict(learning_rate=3e-3, schedule=dict(name='constant', warmup_steps=5)),
-    train=dict(steps={STEPS}, log_every=3, checkpoint_every=7, keep=2),
-    sharding=dict(max_replicated=1.0),
-    eval=dict(vqa=dict(limit=4, rows=4, max_new=3)),
-  ))
-"""
 # A read that TensorStore gave up calls back into an event loop that is gone.
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 
@@ -193,17 +174,13 @@ def test_steps_are_kept_in_a_bucket(bucket, monkeypatch, caplog):
 
 @pytest.fixture(scope='module')
 def config(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('bucket')
-  rng = np.random.default_rng(0)
-  with Writer(folder / 'data', ByteTokenizer(), {}) as out:
-    for i in range(40):
-      light = int(rng.integers(0, 2))
-      image = Image((rng.integers(0, 100, (4, 4, 3)) + 150 * light).astype(np.uint8))
-      spans = (image, Text('?', trained=False), Text('light' if light else 'dark', True))
-      out.add('train' if i < 30 else 'test', Document(spans, id=f'doc{i}'))
-  file = folder / 'shades.py'
-  file.write_text(CONFIG.replace('DATA', repr(str(folder / 'data'))))
-  return file
+  return shades.write(
+    tmp_path_factory.mktemp('bucket'),
+    optim=dict(learning_rate=3e-3, schedule=dict(name='constant', warmup_steps=5)),
+    train=dict(steps=STEPS, log_every=3, checkpoint_every=7, keep=2),
+    sharding=dict(max_replicated=1.0),
+    eval=dict(vqa=dict(limit=4, rows=4, max_new=3)),
+  )
 
 
 def start(script, config, workdir, *args):

@@ -9,47 +9,23 @@ import sys
 import threading
 import time
 
-import numpy as np
 import pytest
+import shades
 
-from mmjax.data.document import Document, Image, Text
-from mmjax.data.tokenizer import ByteTokenizer
-from mmjax.data.writer import Writer
 from mmjax.train import log as log_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 120
-CONFIG = f"""
-from ml_collections import ConfigDict
-
-def get_config():
-  return ConfigDict(dict(
-    data=dict(
-      source='none', path=DATA, rows=2, image=dict(patch=2, resize='fixed', size=4),
-      budget=dict(stream=32, targets=16, image=dict(patches=8, items=2)),
-    ),
-    model=dict(embed_dim=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8,
-               mlp_dim=32, dropout=0.1),
-    optim=dict(learning_rate=3e-3, schedule=dict(name='cosine', warmup_steps=5), ema=0.9),
-    train=dict(steps={STEPS}, log_every=3, checkpoint_every=7, keep=2),
-    eval=dict(vqa=dict(every=50, limit=4, rows=4, max_new=6)),
-  ))
-"""
 
 
 @pytest.fixture(scope='module')
 def config(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('kill')
-  rng = np.random.default_rng(0)
-  with Writer(folder / 'data', ByteTokenizer(), {}) as out:
-    for i in range(40):
-      light = int(rng.integers(0, 2))
-      image = Image((rng.integers(0, 100, (4, 4, 3)) + 150 * light).astype(np.uint8))
-      spans = (image, Text('?', trained=False), Text('light' if light else 'dark', True))
-      out.add('train' if i < 30 else 'test', Document(spans, id=f'doc{i}'))
-  file = folder / 'shades.py'
-  file.write_text(CONFIG.replace('DATA', repr(str(folder / 'data'))))
-  return file
+  return shades.write(
+    tmp_path_factory.mktemp('kill'),
+    optim=dict(learning_rate=3e-3, schedule=dict(name='cosine', warmup_steps=5), ema=0.9),
+    train=dict(steps=STEPS, log_every=3, checkpoint_every=7, keep=2),
+    eval=dict(vqa=dict(every=50, limit=4, rows=4, max_new=6)),
+  )
 
 
 def start(config, workdir, *args):
