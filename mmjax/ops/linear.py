@@ -11,6 +11,10 @@ kernel as well would gather it once more in the backward pass. B is the major
 dimension, so rows that are split over devices stay where they are. Only when T
 itself is split would the flat dimension not be splittable; then nothing is
 flattened.
+
+In bfloat16 XLA's CPU backend has a fast product (AMX, AVX-512) only if the result is
+float32 and the first factor's contracted axis is its last; all else it computes from
+float32 copies. There, `linear` and its gradients are written in that form.
 """
 
 import functools
