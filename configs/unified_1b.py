@@ -33,7 +33,7 @@ def get_config(variant: str = '') -> ConfigDict:
       head_dim=64,
       mlp_dim=8192,
       tie_embeddings=True,
-      remat='dots+attention',
+      remat='attention+mlp',
     )
     config.sharding.mesh.fsdp = 32
   return config

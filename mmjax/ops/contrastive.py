@@ -106,7 +106,7 @@ def contrastive_loss(
   f32 = jnp.float32
   args = (x.astype(f32), y.astype(f32), weights.astype(f32), groups)
   scalars = scale.astype(f32), bias.astype(f32)
-  total, sums = _loss((loss, axes, ways, chunk), *args, *scalars)
+  total, sums = _loss((loss, axes, chunk), *args, *scalars)
   return total, jnp.sum(args[2]), sums
 
 
@@ -159,9 +159,11 @@ def _ring(how, visit, mine, travel):
   """Folds mine = visit(mine, piece) over all pieces of all devices' `travel`.
 
   visit gives (mine, piece): what it changes of a piece travels on, and comes home.
-  Pieces have at most `chunk` columns; what fills the last one has weight 0.
+  Pieces have at most `chunk` columns; what fills the last one has weight 0. On a mesh of
+  several axes it is a ring of rings, the last axis innermost: so between slices, which
+  are the first, pieces go once for all the rounds inside of them.
   """
-  _, axes, ways, chunk = how
+  _, axes, chunk = how
   n = jax.tree.leaves(travel)[0].shape[0]
   count = math.ceil(n / chunk)
   size = math.ceil(n / count)
@@ -170,16 +172,19 @@ def _ring(how, visit, mine, travel):
     a = jnp.pad(a, [(0, count * size - n)] + [(0, 0)] * (a.ndim - 1))
     return a.reshape(count, size, *a.shape[1:])
 
-  def one_round(carry, _):
-    mine, travel = carry
-    mine, travel = jax.lax.scan(visit, mine, travel)
-    if ways > 1:
-      onward = [(i, (i + 1) % ways) for i in range(ways)]
-      travel = jax.tree.map(lambda a: jax.lax.ppermute(a, axes, onward), travel)
-    return (mine, travel), None
+  def rounds(carry, axes):
+    if not axes:
+      return jax.lax.scan(visit, *carry)
+    axis, ways = axes[0], jax.lax.axis_size(axes[0])
+    onward = [(i, (i + 1) % ways) for i in range(ways)]
 
-  carry = mine, jax.tree.map(cut, travel)
-  (mine, travel), _ = jax.lax.scan(one_round, carry, None, length=ways)
+    def one_round(carry, _):
+      mine, travel = rounds(carry, axes[1:])
+      return (mine, jax.lax.ppermute(travel, axis, onward)), None
+
+    return jax.lax.scan(one_round, carry, None, length=ways)[0]
+
+  mine, travel = rounds((mine, jax.tree.map(cut, travel)), axes)
   return mine, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], travel)
 
 

@@ -1,8 +1,10 @@
 """Against the whole matrix of logits, for any number of devices and any chunk."""
 
+import collections
 import functools
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -70,6 +72,7 @@ MESHES = {
   'two': dict(data=2),
   'eight': dict(data=2, fsdp=2, tensor=2),
   'both axes': dict(data=4, fsdp=2),
+  'slices': dict(slice=2, data=2, fsdp=2),
 }
 
 
@@ -145,6 +148,32 @@ def test_memory_does_not_hold_the_matrix():
 
   compiled = jax.jit(jax.grad(value, (0, 1))).lower(*shapes).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 4096 * 4 / 10
+
+
+def moves(jaxpr, times=1):
+  """How often a jaxpr sends something along each mesh axis."""
+  found = collections.Counter()
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == 'ppermute':
+      (axis,) = eqn.params['axis_name']
+      found[axis] += times
+    inner = times * eqn.params.get('length', 1)
+    for sub in jax.extend.core.jaxprs_in_params(eqn.params):
+      found += moves(sub, inner)
+  return found
+
+
+def test_pieces_cross_slices_once_for_all_rounds_inside(quick_compiles):
+  """A ring of rings: `slice` moves a piece as often as there are slices, not chips."""
+  mesh = dict(slice=2, data=2, fsdp=2)
+  with sharding.use(sharding.make_mesh(mesh), sharding.rules_for('fsdp')):
+    x, y, *rest = map(jnp.asarray, pairs())
+    made = jax.make_jaxpr(lambda x, y: contrastive_loss(x, y, *rest)[0])(x, y)
+  found = moves(made.jaxpr)
+  leaves = found['slice'] // 2
+  assert leaves > 0 and dict(found) == {
+    'slice': 2 * leaves, 'data': 4 * leaves, 'fsdp': 8 * leaves
+  }  # fmt: skip
 
 
 def test_the_scale_is_clipped_and_finds_back():
