@@ -31,27 +31,12 @@ from mmjax.nn import cross_attention
 from mmjax.nn.embed import MediaProjection
 from mmjax.nn.features import Features
 from mmjax.nn.transformer import Config, Dense, Mlp, Transformer, unstack
-from mmjax.ops.attention import takes_kernel
 from mmjax.ops.grid import item_sizes, read_table, waves
-from mmjax.ops.kernels.tiles import LANES
 from mmjax.shape import check
 from mmjax.sharding import constrain, param, parts
 
 POSITIONS = ('learned', 'sincos', 'rotary')
 POOLS = ('none', 'class', 'mean', 'map')
-
-
-def _filling(slots: int, attention: str) -> int:
-  """How many slots that nothing sees stand behind so many, class tokens and all.
-
-  As many as it takes to divide over devices; and into tiles of an attention kernel, if
-  that is an eighth at most: else the kernel makes room, three times in each layer.
-  """
-  devices = parts('seq')
-  more = -slots % (devices * LANES)
-  if takes_kernel(attention, slots // devices) and more * 8 <= slots:
-    return more
-  return -slots % devices
 
 
 class Vit(nn.Module):
@@ -212,7 +197,7 @@ class Vit(nn.Module):
       token = self.class_vector
       if self.positions == 'learned':
         token = token + self.position[0]
-      more = _filling(x.shape[1] + I, self.attention)
+      more = -(x.shape[1] + I) % parts('seq')  # slots that nothing sees
       tokens = jnp.broadcast_to(token.astype(x.dtype), (B, I + more, self.embed_dim))
       x = jnp.concatenate([x, tokens], 1)
       segments = jnp.concatenate([items, jnp.pad(each, ((0, 0), (0, more)))], 1)

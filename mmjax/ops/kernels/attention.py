@@ -18,11 +18,14 @@ head share its tile, its tags and its mask. Backward, with do, and dlse of the l
   forward, queries'  for each tile of queries, over its tiles of keys: out, lse; dq
   keys'              for each tile of keys, over its tiles of queries: dk, dv
 
-Which tiles there are to visit: `kernels.tiles`. Everything is linear in T and S.
+Which tiles there are to visit: `kernels.tiles`. Everything is linear in T and S. Where
+these are no multiples of a tile, the last blocks hang over the arrays' ends: only tags
+and rows of lanes are filled up, since a copy of q, k and v costs more than attention.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -100,20 +103,13 @@ def attend_by_tags(
   how = _How(float(scale), logits_soft_cap, tiles, interpret)
   if key_tags.until is None:  # the queries' own order isn't needed
     query_tags = dataclasses.replace(query_tags, order=None)
-  more = (-T % tiles.queries, -S % tiles.keys)
-
-  def fill(x, axis, extra, value=0):
-    width = [(0, 0)] * x.ndim
-    width[axis] = (0, extra)
-    return jnp.pad(x, width, constant_values=value) if extra else x
-
-  q = fill(jnp.moveaxis(q.reshape(B, T, K, G, H), 1, 3), 3, more[0])
-  k, v = (fill(jnp.moveaxis(x, 1, 2), 2, more[1]) for x in (k, v))
+  q = jnp.moveaxis(q.reshape(B, T, K, G, H), 1, 3)
+  k, v = (jnp.moveaxis(x, 1, 2) for x in (k, v))
   # Tags that nobody has: what fills up the tiles sees nothing, and isn't seen.
-  query_tags = jax.tree.map(lambda x: fill(x, 1, more[0], -1), query_tags)
-  key_tags = jax.tree.map(lambda x: fill(x, 1, more[1], -2), key_tags)
+  query_tags = jax.tree.map(lambda x: _fill(x, tiles.queries, -1), query_tags)
+  key_tags = jax.tree.map(lambda x: _fill(x, tiles.keys, -2), key_tags)
 
-  entries = (T + more[0]) // tiles.queries * ((S + more[1]) // tiles.keys)
+  entries = math.ceil(T / tiles.queries) * math.ceil(S / tiles.keys)
   if entries > MAX_ENTRIES:
     raise ValueError(
       f'attend: {T} queries x {S} keys on one device are {entries} tiles of'
@@ -128,8 +124,14 @@ def attend_by_tags(
     args = jax.tree.map(lambda x: x.reshape(B // rows, rows, *x.shape[1:]), args)
     out, lse = jax.lax.map(lambda x: run(*x), args)
     out, lse = (x.reshape(B, *x.shape[2:]) for x in (out, lse))
-  out = jnp.moveaxis(out[..., :T, :], 3, 1).reshape(B, T, N, H)
-  return out, jnp.moveaxis(lse[..., :T], 3, 1).reshape(B, T, N)
+  out = jnp.moveaxis(out, 3, 1).reshape(B, T, N, H)
+  return out, jnp.moveaxis(lse, 3, 1).reshape(B, T, N)
+
+
+def _fill(x, tile, value=0):
+  """x[..., slots] with its last axis up to whole tiles."""
+  width = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % tile)]
+  return jnp.pad(x, width, constant_values=value)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -148,7 +150,7 @@ def _forward(how, q, k, v, query_tags, key_tags):
   )  # fmt: skip
   # By these names a policy of remat may keep what a second run would make anew.
   out = checkpoint_name(out, NAMES[0])
-  lse = checkpoint_name(lse[..., 0, :], NAMES[1])
+  lse = checkpoint_name(lse[..., 0, : call.T], NAMES[1])
   return (out, lse), (q, k, v, query_tags, key_tags, out, lse)
 
 
@@ -156,9 +158,10 @@ def _backward(how, kept, cotangents):
   q, k, v, query_tags, key_tags, out, lse = kept
   do, dlse = cotangents
   product = do.astype(jnp.float32) * out.astype(jnp.float32)
-  delta = (jnp.sum(product, -1) - dlse)[..., None, :]
+  delta = jnp.sum(product, -1) - dlse
   # Of a query that sees nothing: any finite number makes all its p zero.
-  lse = jnp.where(lse > _UNSEEN, lse * _LOG2E, 0.0)[..., None, :]
+  lse = jnp.where(lse > _UNSEEN, lse * _LOG2E, 0.0)
+  lse, delta = (_fill(x, how.tiles.queries)[..., None, :] for x in (lse, delta))
   call = _Call(how, q, k, query_tags, key_tags)
   inputs = [
     (q, 'query'), (k, 'key'), (v, 'key'), (do.astype(v.dtype), 'query'),
@@ -194,7 +197,7 @@ class _Call:
     self.wide = pltpu.VMEM((self.G, self.H, queries), jnp.float32)
     self.row = pltpu.VMEM((self.G, 1, queries), jnp.float32)
     self.tall = pltpu.VMEM((how.tiles.keys, self.H), jnp.float32)
-    self.row_shape = (self.B, self.K, self.G, 1, self.T)
+    self.row_shape = (self.B, self.K, self.G, 1, query_tags.segment_ids.shape[1])
     self.states = meetings(query_tags, key_tags, how.tiles)
     # [B, tags, slots]: a row of lanes for each tag.
     self.tags = [jnp.stack(jax.tree.leaves(x), 1) for x in (query_tags, key_tags)]
@@ -230,20 +233,30 @@ class _Call:
         ),
       }[kind]
 
+    # What is summed over: key by key or query by query.
+    summed, length, tile = (
+      ('query', self.T, queries) if by_keys else ('key', self.S, keys)
+    )
+
     def body(ref, query_tags, key_tags, *refs):
-      _, _, bits = steps.read(ref, pl.program_id(0), pl.program_id(2))
+      _, inner, bits = steps.read(ref, pl.program_id(0), pl.program_id(2))
       mask = functools.partial(_mask, query_tags, key_tags)
+      if length % tile:
+        left = length - inner * tile
+        own = [kind for _, kind in inputs]
+        refs = [
+          _Ending(ref, left) if kind == summed else ref
+          for ref, kind in itertools.zip_longest(refs, own)
+        ]
       kernel(how, bits, mask, *refs)
 
-    inputs = [
-      (self.tags[0], 'query_tags'), (self.tags[1], 'key_tags'), *inputs
-    ]  # fmt: skip
+    tags = [(self.tags[0], 'query_tags'), (self.tags[1], 'key_tags')]
     call = pl.pallas_call(
       body,
       grid_spec=pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
         grid=(self.B, self.K, steps.steps),
-        in_specs=[spec(kind) for _, kind in inputs],
+        in_specs=[spec(kind) for _, kind in (*tags, *inputs)],
         out_specs=[spec(kind) for _, _, kind in outputs],
         scratch_shapes=scratch,
       ),
@@ -255,7 +268,7 @@ class _Call:
       interpret=how.interpret,
       name=name,
     )
-    return call(steps.entries, *(x for x, _ in inputs))
+    return call(steps.entries, *(x for x, _ in (*tags, *inputs)))
 
   def cost(self, matmuls):
     """What a compiler may reckon with, who doesn't know the tags.
@@ -269,6 +282,22 @@ class _Call:
       transcendentals=pairs,
       bytes_accessed=slots * self.H * self.itemsize,
     )
+
+
+class _Ending:
+  """A block of slots, read as zeros from where the array ends.
+
+  There may stand anything in it, NaN too, which no weight of 0 would hide in a sum.
+  """
+
+  def __init__(self, ref, left):
+    self.ref, self.left = ref, left
+    self.shape, self.dtype = ref.shape, ref.dtype
+
+  def __getitem__(self, place):
+    x = self.ref[place]
+    slot = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    return jnp.where(slot < self.left, x, jnp.zeros_like(x))
 
 
 def _mask(query_tags, key_tags):
