@@ -21,8 +21,8 @@ from ml_collections import ConfigDict
 
 
 def get_config(variant: str = '') -> ConfigDict:
-  if variant not in ('', 'v5p', 'tiny'):
-    raise ValueError(f"flamingo_3b has no variant {variant!r}; there are ':v5p', ':tiny'")
+  if variant not in ('', 'tiny'):
+    raise ValueError(f"flamingo_3b has no variant {variant!r}; there is ':tiny'")
   config = ConfigDict(
     dict(
       data=dict(
@@ -50,7 +50,7 @@ def get_config(variant: str = '') -> ConfigDict:
           gated=False,
           activation='gelu',
           scale_embedding=False,
-          remat='dots+attention',
+          remat='attention+up',
           dtype='bfloat16',
         ),
         vision=dict(
@@ -68,7 +68,7 @@ def get_config(variant: str = '') -> ConfigDict:
         ),
         resampler=dict(
           embed_dim=1024, num_layers=6, num_heads=8, num_latents=64,
-          remat='dots+attention', dtype='bfloat16',
+          remat='attention+up', dtype='bfloat16',
         ),
         cross_every=1,
         cross_heads=8,
@@ -87,8 +87,6 @@ def get_config(variant: str = '') -> ConfigDict:
       train=dict(steps=50_000, log_every=20, checkpoint_every=1000, keep=2),
     )
   )  # fmt: skip
-  if variant == 'v5p':  # has six times the HBM
-    config.model.lm.remat = config.model.resampler.remat = 'none'
   if variant == 'tiny':
     config.data.update(
       source='easy_vqa', path='data/easy_vqa', tokenizer='bpe:512', rows=4, workers=0

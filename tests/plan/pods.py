@@ -23,7 +23,7 @@ PODS = (
   'unified_1b@v5e:16x16',
   'unified_1b@v5p:4x4x4',
   'flamingo_3b@v5e:16x16',
-  'flamingo_3b:v5p@v5p:4x4x4',
+  'flamingo_3b@v5p:4x4x4',
   'flamingo_9b@v5e:16x16',
   'flamingo_9b@v5p:4x4x4',
   'paligemma_3b@v5e:8x8',
