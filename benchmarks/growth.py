@@ -41,9 +41,12 @@ import numpy as np
 HEADS, WIDTH, EACH, TILE = 4, 64, 512, 512
 LENGTHS = tuple(2**i for i in range(9, 16))
 SLACK = {'count': 0.1, 'clock': 0.25, 'chips': 0.1}
-# name: (topology, slices)
-PODS = {8: ('v5e:2x4', 1), 64: ('v5e:8x8', 1), 256: ('v5e:16x16', 1),
-        1024: ('v5e:16x16', 4)}  # fmt: skip
+# By chips: (topology, slices). A program for several slices is another one: it holds
+# what is on its way between them as well. So these have a series of their own.
+PODS = {
+  'chips': {8: ('v5e:2x4', 1), 64: ('v5e:8x8', 1), 256: ('v5e:16x16', 1)},
+  'chips, in slices of 256': {256 * n: ('v5e:16x16', n) for n in (2, 4, 8)},
+}
 
 
 def exponent(xs, ys):
@@ -103,14 +106,16 @@ def attention(T, reach=None):
   return jax.grad(loss, (0, 1, 2)), (x, x, x)
 
 
-def config_of(model, stream, patches=64, items=4, rows=1, chips=None):
-  """Two layers of 256; on chips bfloat16, scanned, parameters split over 8."""
+def config_of(model, stream, patches=64, items=4, rows=1, chips=None, width=256):
+  """Two layers of a width; on chips bfloat16, scanned, parameters split over 8."""
   from ml_collections import ConfigDict
 
   from mmjax.train import config
 
   how = dict(scan=bool(chips), dtype='bfloat16' if chips else 'float32')
-  tower = dict(embed_dim=256, num_layers=2, num_heads=HEADS, mlp_dim=768, **how)
+  tower = dict(
+    embed_dim=width, num_layers=2, num_heads=HEADS, mlp_dim=3 * width, **how
+  )
   lm = dict(tower, name='unified', num_kv_heads=HEADS, head_dim=WIDTH, remat='full')
   if model == 'flamingo':
     vision = dict(tower, name='vit', position_grid=(8, 8))
@@ -242,18 +247,20 @@ def chips():
   from mmjax.plan.compile import plan
 
   found = {}
-  for T in (2048, 8192, 32768):
-    config = config_of('unified', T, chips=4, rows=4)
+  # What is smaller stays in the vector memory, and is no byte of HBM.
+  for T in (32768, 65536, 131072):
+    config = config_of('unified', T, chips=4, rows=4, width=2048)
     found[T] = plan(config, topology.parse('v5e:2x2'), CACHE).readout
   yield 'step, HBM at the peak', 'T', 1, {t: r.hbm_peak for t, r in found.items()}
   yield 'step, bytes of kernels', 'T', 1, {t: r.hbm_bytes for t, r in found.items()}
-  pods = {}
-  for n, (name, slices) in PODS.items():
-    config = config_of('flamingo', 1024, 256, 4, rows=n, chips=n)
-    pods[n] = plan(config, topology.parse(name, slices), CACHE).readout
-  for what in ('flops', 'hbm_bytes', 'wire_bytes', 'hbm_peak'):
-    points = {n: getattr(r, what) for n, r in pods.items()}
-    yield f'a chip, {what.replace("_", " ")}', 'chips', 0, points
+  for x, pods in PODS.items():
+    found = {}
+    for n, (name, slices) in pods.items():
+      config = config_of('flamingo', 1024, 256, 4, rows=n, chips=n)
+      found[n] = plan(config, topology.parse(name, slices), CACHE).readout
+    for what in ('flops', 'hbm_bytes', 'wire_bytes', 'hbm_peak'):
+      points = {n: getattr(r, what) for n, r in found.items()}
+      yield f'a chip, {what.replace("_", " ")}', x, 0, points
 
 
 KINDS = {'count': count, 'clock': clock, 'chips': chips}

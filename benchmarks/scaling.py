@@ -58,7 +58,7 @@ def point(name, chips):
 
 def line(name, chips, p):
   """A row of the table."""
-  between = f'{p["slices"] / 1e9:.2f} GB' if p['slices'] else ''
+  between = f'{p["slices"] / 1e6:.1f} MB' if p['slices'] else ''
   cells = (name, f'{chips:,}', f'{p["rows"]:,}', f'{p["gib"]:.2f}')
   cells += (f'{p["links"] / 1e9:.1f} GB', between, f'{p["mfu"]:.3f}')
   return f'| {" | ".join(cells)} |'
@@ -73,7 +73,7 @@ def draw(points, path):
   panels = {
     'HBM of a chip, GiB': lambda p: p['gib'],
     'sent in a slice, each step, GB': lambda p: p['links'] / 1e9,
-    'sent between slices, GB': lambda p: p['slices'] / 1e9,
+    'sent between slices, MB': lambda p: p['slices'] / 1e6,
   }
   for axes, (title, value) in zip(figure.subplots(1, 3), panels.items(), strict=True):
     for colour, (name, by_chips) in zip(COLOURS, points.items(), strict=False):

@@ -8,8 +8,8 @@ begin with published weights (`config.init`); a resampler of 64 latents and a ga
 cross-attention before every layer are trained.
 
 Expect: no score; it was planned, never trained at this size. Modelled, by the compiler's
-estimates, for 256 chips of v5e (the second command): 7.9 GiB a chip, 1.1e10 bytes sent,
-MFU 0.45; for 64 of v5p (`:v5p`, nothing made anew) 51 GiB and 0.47; see docs/planning.md.
+estimates, for 256 chips of v5e (the second command): 5.6 GiB a chip, 1.1e10 bytes sent,
+MFU 0.50; for 64 of v5p 19 GiB and 0.49; see docs/planning.md.
 
 COMMAND: python train.py --config=configs/flamingo_3b.py --workdir=runs/flamingo_3b
 What it takes: python -m mmjax.plan --config=configs/flamingo_3b.py --topology=v5e:16x16

@@ -6,7 +6,7 @@ Model: a ViT-H/14 and a language model of Llama-7B's widths, both frozen; a resa
 a gated cross-attention before every fourth layer are trained.
 
 Expect: no score; it was planned, never trained at this size. Modelled, by the compiler's
-estimates, for 256 chips of v5e (the second command): 9.5 GiB a chip, 3.7e10 bytes sent,
+estimates, for 256 chips of v5e (the second command): 9.3 GiB a chip, 3.7e10 bytes sent,
 MFU 0.50; see docs/planning.md.
 
 COMMAND: python train.py --config=configs/flamingo_9b.py --workdir=runs/flamingo_9b
