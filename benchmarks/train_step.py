@@ -19,7 +19,9 @@ library, preloaded, tells it otherwise. Every contestant first times a product o
 2048 x 2048 matrices: the ceiling that its step can be held against; `ceiling_share` is
 what of that rate mmjax's step reaches, by the FLOPs of its products. All of them run
 with huge pages in malloc (glibc), without which every step of either side pays for the
-same memory, page by page, again. Seconds are of the clock; CPU-seconds are of all
+same memory, page by page, again. A round is two runs, of which the second counts, as in
+training one step follows another: while the others have their turn, a virtual machine's
+host may take back what a process has freed. Seconds are of the clock; CPU-seconds are of all
 threads, and say more than the clock where the machine has other work (for torch with
 --threads 1 only, since its idle threads spin). Peak memory is the resident set during
 the timed steps (start-up and compilation not counted).
@@ -239,6 +241,7 @@ def serve(name, model, case, devices, threads):
   pathlib.Path('/proc/self/clear_refs').write_text('5')  # peak memory from here on
   print(json.dumps(facts), flush=True)
   for _ in sys.stdin:
+    contestant.run()
     start, cpu = time.perf_counter(), time.process_time()
     loss = contestant.run()
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
