@@ -113,9 +113,7 @@ def config_of(model, stream, patches=64, items=4, rows=1, chips=None, width=256)
   from mmjax.train import config
 
   how = dict(scan=bool(chips), dtype='bfloat16' if chips else 'float32')
-  tower = dict(
-    embed_dim=width, num_layers=2, num_heads=HEADS, mlp_dim=3 * width, **how
-  )
+  tower = dict(embed_dim=width, num_layers=2, num_heads=HEADS, mlp_dim=3 * width, **how)
   lm = dict(tower, name='unified', num_kv_heads=HEADS, head_dim=WIDTH, remat='full')
   if model == 'flamingo':
     vision = dict(tower, name='vit', position_grid=(8, 8))

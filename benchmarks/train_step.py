@@ -21,8 +21,8 @@ what of that rate mmjax's step reaches, by the FLOPs of its products. All of the
 with huge pages in malloc (glibc), without which every step of either side pays for the
 same memory, page by page, again. A round is two runs, of which the second counts, as in
 training one step follows another: while the others have their turn, a virtual machine's
-host may take back what a process has freed. Seconds are of the clock; CPU-seconds are of all
-threads, and say more than the clock where the machine has other work (for torch with
+host may take back what a process has freed. Seconds are of the clock; CPU-seconds are of
+all threads, and say more than the clock where the machine has other work (for torch with
 --threads 1 only, since its idle threads spin). Peak memory is the resident set during
 the timed steps (start-up and compilation not counted).
 """
