@@ -9,7 +9,7 @@ windows in five of six).
 
 Expect: no score; it was planned, never trained at this size. Modelled, by the compiler's
 estimates, for 256 chips of v5e (the second command): 9.0 GiB a chip, 2.4e10 bytes sent,
-MFU 0.55; see docs/planning.md.
+MFU 0.56; see docs/planning.md.
 
 COMMAND: python train.py --config=configs/unified_4b_image.py --workdir=runs/unified_4b
 What it takes: python -m mmjax.plan --config=configs/unified_4b_image.py \\
