@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tpu
 
+from mmjax import sharding as sharding_lib
 from mmjax.batch import KeyTags, QueryTags
 from mmjax.nn.remat import REMAT, remat
 from mmjax.nn.transformer import Config, Transformer
@@ -39,6 +40,7 @@ def model_and_args(name, L, B, T, D, N, K, H, F, dtype='float32', sharding=None)
       head_dim=H,
       mlp_dim=F,
       remat=name,
+      attention='xla',
       dtype=dtype,
       param_dtype=dtype,
     )  # fmt: skip
@@ -78,7 +80,8 @@ def test_none_changes_nothing(cls):
 @tpu.NEEDED
 def test_memory_of_a_tpu_follows_the_table():
   """Compiled for a v5e: the host's share to the byte, the device's in order."""
-  where = jax.sharding.SingleDeviceSharding(tpu.devices()[0])
+  mesh = sharding_lib.make_mesh({'data': 1}, tpu.devices()[:1])
+  where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   L, T = 8, 1024
   sizes = dict(D=256, N=4, K=2, H=128, F=2048)
   peak = {}
@@ -88,7 +91,8 @@ def test_memory_of_a_tpu_follows_the_table():
     def f(params, *args, model=model):
       return jnp.sum(model.apply({'params': params}, *args)[0].astype(jnp.float32))
 
-    with tpu.optimised():
+    # As in a run: what it is compiled for decides how products are written.
+    with tpu.optimised(), sharding_lib.use(mesh, sharding_lib.rules_for('dp')):
       memory = jax.jit(jax.grad(f)).lower(*args).compile().memory_analysis()
     _, host = kept(name, S=T, **sizes)
     assert memory.host_temp_size_in_bytes == 2 * host * L * T  # bytes of bfloat16
