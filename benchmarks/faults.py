@@ -32,22 +32,12 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS, EVERY, EVALUATE = 96, 8, 48
-CONFIG = f"""
-from ml_collections import ConfigDict
-
-def get_config():
-  return ConfigDict(dict(
-    data=dict(
-      source='none', path=DATA, rows=2, image=dict(patch=2, resize='fixed', size=4),
-      budget=dict(stream=32, targets=16, image=dict(patches=8, items=2)),
-    ),
-    model=dict(embed_dim=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8,
-               mlp_dim=32, dropout=0.1),
-    optim=dict(learning_rate=3e-3, schedule=dict(name='cosine', warmup_steps=5), ema=0.9),
-    train=dict(steps={STEPS}, log_every=4, checkpoint_every={EVERY}, keep=2),
-    eval=dict(vqa=dict(every={EVALUATE}, limit=4, rows=4, max_new=6)),
-  ))
-"""
+# Of the run that tests/shades.py writes.
+SECTIONS = dict(
+  optim=dict(learning_rate=3e-3, schedule=dict(name='cosine', warmup_steps=5), ema=0.9),
+  train=dict(steps=STEPS, log_every=4, checkpoint_every=EVERY, keep=2),
+  eval=dict(vqa=dict(every=EVALUATE, limit=4, rows=4, max_new=6)),
+)
 # By phase: how often it is let pass, and how long it lasts at most until the kill comes.
 PHASES = {
   'restoring': (0, 0.6), 'compiling': (0, 0.3), 'data': (24, 0.02), 'step': (24, 0.02),
@@ -155,25 +145,6 @@ def saved(run):
   return max((int(p.name) for p in found if p.name.isdigit()), default=0)
 
 
-def make_data(folder):
-  import numpy as np
-
-  from mmjax.data.document import Document, Image, Text
-  from mmjax.data.tokenizer import ByteTokenizer
-  from mmjax.data.writer import Writer
-
-  rng = np.random.default_rng(0)
-  with Writer(folder / 'data', ByteTokenizer(), {}) as out:
-    for i in range(40):
-      light = int(rng.integers(0, 2))
-      image = Image((rng.integers(0, 100, (4, 4, 3)) + 150 * light).astype(np.uint8))
-      spans = (image, Text('?', trained=False), Text('light' if light else 'dark', True))
-      out.add('train' if i < 30 else 'test', Document(spans, id=f'doc{i}'))
-  file = folder / 'shades.py'
-  file.write_text(CONFIG.replace('DATA', repr(str(folder / 'data'))))
-  return file
-
-
 def table(kills):
   rows = [f'{"signal":8} {"phase":11} {"kills":>5} {"steps made again":>17}  exit codes']
   by = collections.defaultdict(list)
@@ -203,8 +174,10 @@ def main():
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'PYTHONWARNINGS': 'ignore',
     'PYTHONPATH': str(ROOT),
   }  # fmt: skip
-  sys.path.insert(0, str(ROOT))
-  config, began = make_data(folder), time.monotonic()
+  sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+  import shades
+
+  config, began = shades.write(folder, **SECTIONS), time.monotonic()
   context = multiprocessing.get_context('forkserver')
   context.set_forkserver_preload(list(PRELOAD))
   straight = Run(context, config, folder / 'straight')

@@ -1,7 +1,7 @@
 """A run that is over in seconds: is the picture light or dark?
 
 40 documents of a 4 x 4 picture, a question and its answer, and a config that train.py
-takes. For tests that start processes.
+takes. For tests that start processes, and benchmarks/faults.py.
 """
 
 import numpy as np
