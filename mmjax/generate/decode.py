@@ -25,7 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.batch import FOREVER, PackedBatch, Stream
+from mmjax.generate.once import once
 from mmjax.generate.sampling import Greedy, Sampler
+from mmjax.ops.linear import reused
 from mmjax.sharding import constrain
 
 GREEDY = Greedy()
@@ -173,7 +175,14 @@ class Generator:
     return State(tokens, done, cache, _place(batch.stream), slot, out)
 
   def _loop(self, params, state, rng):
-    _, apply = self._apply(params)
+    def token(params, i, state, rng):
+      _, apply = self._apply(params)
+      step = PackedBatch(state.place.token(state.tokens, i - 1), {})
+      slot = state.slot + i - 1
+      hidden, cache = apply(step, state.cache, slot, method='extend')
+      tokens, done = self._choose(apply, i, hidden[:, 0], state.done, rng)
+      out = jax.lax.dynamic_update_slice_in_dim(state.out, tokens[:, None], i, 1)
+      return state._replace(tokens=tokens, done=done, cache=cache, out=out)
 
     def going_on(loop):
       i, state = loop
@@ -181,14 +190,12 @@ class Generator:
 
     def body(loop):
       i, state = loop
-      step = PackedBatch(state.place.token(state.tokens, i - 1), {})
-      slot = state.slot + i - 1
-      hidden, cache = apply(step, state.cache, slot, method='extend')
-      tokens, done = self._choose(apply, i, hidden[:, 0], state.done, rng)
-      out = jax.lax.dynamic_update_slice_in_dim(state.out, tokens[:, None], i, 1)
-      return i + 1, state._replace(tokens=tokens, done=done, cache=cache, out=out)
+      return i + 1, step(i, state, rng)
 
-    _, state = jax.lax.while_loop(going_on, body, (jnp.int32(1), state))
+    first = jnp.int32(1)
+    with reused():
+      step = once(token, params, first, state, rng)
+    _, state = jax.lax.while_loop(going_on, body, (first, state))
     # All of it comes back, since only what does can stand where the given one stood.
     return state.out, state
 

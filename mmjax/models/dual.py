@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from mmjax.batch import AttentionTags, Bank, Item, PackedBatch
 from mmjax.names import closest
-from mmjax.nn.transformer import Dense
+from mmjax.nn.dense import Dense
 from mmjax.ops.contrastive import clipped_exp
 from mmjax.shape import check
 from mmjax.sharding import constrain, param

@@ -26,10 +26,10 @@ from mmjax.batch import (
 )
 from mmjax.models.unified import Unified
 from mmjax.nn.cache import Cache, join
+from mmjax.nn.dense import kernel_init
 from mmjax.nn.features import bank_of
 from mmjax.nn.gated_xattn import look_at
 from mmjax.nn.markers import item_tags, words
-from mmjax.nn.transformer import kernel_init
 from mmjax.ops.linear import linear
 from mmjax.ops.vocabulary import Head
 from mmjax.sharding import constrain, param

@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.batch import AttentionTags, KeyTags, PackedBatch, QueryTags
+from mmjax.nn.dense import Dense
 from mmjax.nn.embed import StreamEmbed
 from mmjax.nn.transformer import (
   ACTIVATIONS,
   NORMS,
   Config,
-  Dense,
   Transformer,
   unstack,
 )

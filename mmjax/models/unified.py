@@ -21,8 +21,9 @@ import jax
 
 from mmjax.batch import PLACEHOLDER, AttentionTags, Item, PackedBatch
 from mmjax.nn.cache import Cache, empty_cache, write
+from mmjax.nn.dense import kernel_init
 from mmjax.nn.embed import StreamEmbed
-from mmjax.nn.transformer import Before, Config, Transformer, kernel_init, unstack
+from mmjax.nn.transformer import Before, Config, Transformer, unstack
 from mmjax.ops.vocabulary import Head
 from mmjax.sharding import param
 

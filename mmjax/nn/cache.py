@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mmjax import sharding
 from mmjax.batch import KeyTags
 from mmjax.sharding import constrain
 
@@ -53,7 +54,13 @@ def empty_cache(
   dtype: Any,
   stacked: bool,
 ) -> Cache:
-  """A cache whose slots are all padding."""
+  """A cache whose slots are all padding.
+
+  On a CPU bfloat16 is kept in float32: attention's products there are of float32, and
+  would want all of the cache converted at every token.
+  """
+  if sharding.device()[0] == 'cpu' and jnp.dtype(dtype) == jnp.bfloat16:
+    dtype = jnp.float32
   shape = (rows, num_kv_heads, slots, head_dim)
   names = ('batch', 'act_kv_heads', 'kv_seq', None)
 

@@ -15,7 +15,7 @@ from mmjax.batch import KeyTags, QueryTags
 from mmjax.names import closest
 from mmjax.nn import transformer
 from mmjax.nn.cache import KV
-from mmjax.nn.transformer import kernel_init
+from mmjax.nn.dense import kernel_init
 from mmjax.ops.attention import IMPLEMENTATIONS, attend
 from mmjax.ops.linear import linear
 from mmjax.shape import check

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.batch import PLACEHOLDER, Bank, PackedBatch
-from mmjax.nn.transformer import kernel_init
+from mmjax.nn.dense import kernel_init
 from mmjax.ops.across import lookup, rows, take
 from mmjax.ops.linear import linear
 from mmjax.ops.vocabulary import Head

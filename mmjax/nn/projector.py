@@ -16,9 +16,10 @@ import flax.linen as nn
 import jax
 
 from mmjax.names import closest
+from mmjax.nn.dense import add_bias, kernel_init
 from mmjax.nn.features import Features
 from mmjax.nn.resampler import Resampler
-from mmjax.nn.transformer import ACTIVATIONS, add_bias, kernel_init
+from mmjax.nn.transformer import ACTIVATIONS
 from mmjax.ops.grid import pool_squares
 from mmjax.ops.linear import linear
 from mmjax.sharding import constrain, param

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 
 from mmjax.batch import KeyTags, QueryTags
 from mmjax.nn.cross_attention import Config, CrossAttention
+from mmjax.nn.dense import kernel_init
 from mmjax.nn.remat import remat
-from mmjax.nn.transformer import Mlp, kernel_init
+from mmjax.nn.transformer import Mlp
 from mmjax.ops.linear import linear
 from mmjax.shape import check
 from mmjax.sharding import constrain, param

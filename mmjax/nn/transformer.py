@@ -34,9 +34,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mmjax.batch import KeyTags, QueryTags
 from mmjax.nn.cache import KV, write
+from mmjax.nn.dense import add_bias, kernel_init, project
 from mmjax.nn.remat import MLP_GATE, MLP_UP, REMAT, remat
 from mmjax.ops.attention import IMPLEMENTATIONS, attend
-from mmjax.ops.linear import linear, plus
+from mmjax.ops.linear import linear
 from mmjax.ops.norms import layer_norm, rms_norm
 from mmjax.ops.positions import Scaling, Sections, rotary_angles, rotate, scaled
 from mmjax.sharding import constrain, param
@@ -143,19 +144,6 @@ def _is_float(dtype) -> bool:
     return False
 
 
-def kernel_init(scale: float = 1.0, num_in: int = 1) -> nn.initializers.Initializer:
-  """Truncated normal with variance scale / fan-in, over the first `num_in` axes."""
-
-  def init(key, shape, dtype):
-    out = tuple(range(num_in, len(shape)))
-    make = nn.initializers.variance_scaling(
-      scale, 'fan_in', 'truncated_normal', tuple(range(num_in)), out
-    )
-    return make(key, shape, dtype)
-
-  return init
-
-
 class RMSNorm(nn.Module):
   """Scaled root-mean-square norm over the last axis, f[..., D] -> f[..., D].
 
@@ -198,36 +186,6 @@ NORMS = {
 }
 
 
-def add_bias(
-  module: nn.Module,
-  name: str,
-  y: jax.Array,
-  axes: tuple[str, ...],
-  dtype: Any,
-  scale: jax.Array | None = None,
-) -> jax.Array:
-  """y + bias (* scale), a new parameter over y's last axes, which have these names."""
-  shape = y.shape[y.ndim - len(axes) :]
-  bias = param(module, name, nn.initializers.zeros, shape, axes, dtype)
-  if scale is not None:
-    bias = bias * scale.astype(bias.dtype)
-  return plus(y, bias.astype(y.dtype))
-
-
-class Dense(nn.Module):
-  """x W, maybe + b: f[..., C] -> f[..., width]."""
-
-  width: int
-  bias: bool = True
-  param_dtype: Any = 'float32'
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    shape, axes = (x.shape[-1], self.width), ('embed', None)
-    y = linear(x, param(self, 'kernel', kernel_init(), shape, axes, self.param_dtype))
-    return add_bias(self, 'bias', y, (None,), self.param_dtype) if self.bias else y
-
-
 class Attention(nn.Module):
   """Grouped-query attention by tags, optionally with a cache.
 
@@ -255,31 +213,30 @@ class Attention(nn.Module):
     c = self.config
     D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
 
-    def project(name, heads, axis, act_axis):
-      shape, axes = (D, heads, H), ('embed', axis, 'head_dim')
-      kernel = param(self, name, kernel_init(), shape, axes, c.param_dtype)
-      y = linear(x, kernel)
-      if c.bias != 'none':
-        y = add_bias(self, f'{name}_bias', y, axes[1:], c.param_dtype)
-      return constrain(y, 'batch', 'seq', act_axis, None)
-
-    q = project('query', N, 'heads', 'act_heads')
-    k = project('key', K, 'kv_heads', 'act_kv_heads')
-    v = project('value', K, 'kv_heads', 'act_kv_heads')
+    heads, kv_heads = ((N, H), ('heads', 'head_dim')), ((K, H), ('kv_heads', 'head_dim'))
+    outs = ('query', *heads), ('key', *kv_heads), ('value', *kv_heads)
+    q, k, v = (
+      constrain(y, 'batch', 'seq', f'act_{axes[0]}', None)
+      for y, (_, _, axes) in zip(
+        project(self, x, outs, c.bias != 'none', c.param_dtype), outs, strict=True
+      )
+    )
     if c.qk_norm:
       q = c.make_norm('query_norm', 'head_dim')(q)
       k = c.make_norm('key_norm', 'head_dim')(k)
     if angles is not None:
       q, k = rotate(q, angles), rotate(k, angles)
     if kv is not None:
-      kv = write(kv, KV.of(k, v), slot, 2)
+      # Written once: without the barrier XLA may write, and so copy, it for each use.
+      kv = jax.lax.optimization_barrier(write(kv, KV.of(k, v), slot, 2))
       k, v = kv.slots_first()
+      q = q.astype(k.dtype)
     reach = c.reach if kv is None else None
     out = attend(
       q, k, v, query_tags, key_tags,
       chunk=c.chunk, reach=reach, implementation=c.attention,
     )  # fmt: skip
-    out = constrain(out, 'batch', 'seq', 'act_heads', None)
+    out = constrain(out.astype(x.dtype), 'batch', 'seq', 'act_heads', None)
     axes = ('heads', 'head_dim', 'embed')
     init = kernel_init(c.out_scale, 2)
     kernel = param(self, 'out', init, (N, H, D), axes, c.param_dtype)
@@ -317,17 +274,13 @@ class Mlp(nn.Module):
     c = self.config
     D, F = c.embed_dim, c.mlp_dim
 
-    def up(name):
-      kernel = param(self, name, kernel_init(), (D, F), ('embed', 'mlp'), c.param_dtype)
-      y = linear(x, kernel)
-      if c.bias == 'all':
-        y = add_bias(self, f'{name}_bias', y, ('mlp',), c.param_dtype)
-      return constrain(y, 'batch', 'seq', 'act_mlp')
-
-    act = ACTIVATIONS[c.activation]
-    hidden = checkpoint_name(up('up'), MLP_UP)
+    act, names = ACTIVATIONS[c.activation], ('up', 'gate')[: 1 + c.gated]
+    outs = [(name, (F,), ('mlp',)) for name in names]
+    made = project(self, x, outs, c.bias == 'all', c.param_dtype)
+    hidden, *gate = (constrain(y, 'batch', 'seq', 'act_mlp') for y in made)
+    hidden = checkpoint_name(hidden, MLP_UP)
     if c.gated:
-      gate = checkpoint_name(up('gate'), MLP_GATE)
+      gate = checkpoint_name(*gate, MLP_GATE)
       hidden = _elementwise(lambda gate, up: act(gate) * up, gate, hidden)
     else:
       hidden = _elementwise(act, hidden)

@@ -28,9 +28,10 @@ import numpy as np
 from mmjax.batch import Bank, Item, KeyTags, QueryTags
 from mmjax.names import closest
 from mmjax.nn import cross_attention
+from mmjax.nn.dense import Dense
 from mmjax.nn.embed import MediaProjection
 from mmjax.nn.features import Features
-from mmjax.nn.transformer import Config, Dense, Mlp, Transformer, unstack
+from mmjax.nn.transformer import Config, Mlp, Transformer, unstack
 from mmjax.ops.grid import item_sizes, read_table, waves
 from mmjax.shape import check
 from mmjax.sharding import constrain, param, parts

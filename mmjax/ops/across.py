@@ -127,7 +127,12 @@ def rows(table: jax.Array, index: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _rows(table, index):
-  return jnp.take(table, index, axis=0, mode='fill')
+  if sharding.device()[0] != 'cpu':
+    return jnp.take(table, index, axis=0, mode='fill')
+  # As bits, or the whole table would be converted to float32. All ones are NaN.
+  bits = jax.lax.bitcast_convert_type(table, jnp.uint16)
+  bits = jnp.take(bits, index, axis=0, mode='fill', fill_value=0xFFFF)
+  return jax.lax.bitcast_convert_type(bits, table.dtype)
 
 
 def _rows_backward(residuals, g):

@@ -17,13 +17,29 @@ float32 and the first factor's contracted axis is its last; all else it computes
 float32 copies. There, `linear` and its gradients are written in that form.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mmjax import sharding
+
+_reused = contextvars.ContextVar('reused', default=False)
+
+
+@contextlib.contextmanager
+def reused():
+  """Inside, kernels are those of a loop's body: other forms of them are made once."""
+  token = _reused.set(True)
+  try:
+    yield
+  finally:
+    _reused.reset(token)
 
 
 def linear(
@@ -55,18 +71,50 @@ def linear(
       f'linear: x ends in {inner}, the kernel takes {kernel.shape[:num_in]}'
     )
   dtype = jnp.dtype(x.dtype if dtype is None else dtype)
-  fold = scale is not None and math.prod(lead) > math.prod(inner)
+  rows = _reused.get() and _is_narrow(x)
+  fold = scale is not None and (rows or math.prod(lead) > math.prod(inner))
   if fold:
     kernel = _times(kernel, scale)
+  if rows:
+    return _by_rows(x, (kernel,), num_in)[0].astype(dtype)
   if sharding.parts('seq') == 1:
     x = x.reshape(-1, *inner)
-  if x.dtype == dtype == jnp.bfloat16 and sharding.device()[0] == 'cpu':
+  if dtype == x.dtype and _is_narrow(x):
     y = _narrow(x, kernel, num_in)
   else:
     kernel = kernel.astype(x.dtype)
     y = jnp.tensordot(x, kernel, num_in, preferred_element_type=dtype)
   y = y.reshape(lead + kernel.shape[num_in:])
   return y if scale is None or fold else _times(y, scale)
+
+
+def linears(x: jax.Array, kernels: Sequence[jax.Array]) -> list[jax.Array]:
+  """`linear` of x with each kernel; one product where kernels are `reused`."""
+  if _reused.get() and _is_narrow(x):
+    return [y.astype(x.dtype) for y in _by_rows(x, kernels, 1)]
+  return [linear(x, kernel) for kernel in kernels]
+
+
+def _is_narrow(x):
+  return x.dtype == jnp.bfloat16 and sharding.device()[0] == 'cpu'
+
+
+def _by_rows(x, kernels, num_in):
+  """Products of few tokens, f32. Kernels are the first factor, [out, in]: they are read
+  as they lie, where a second factor is written anew for the processor at every product.
+  """
+  lead = x.shape[: x.ndim - num_in]
+  x = x.reshape(math.prod(lead), -1)
+  rows = [k.reshape(x.shape[1], -1).T.astype(x.dtype) for k in kernels]
+  # One token alone has no fast product. Behind barriers, or XLA would undo the turning.
+  tokens = jnp.pad(x, ((0, max(2 - len(x), 0)), (0, 0)))
+  kernel, tokens = map(jax.lax.optimization_barrier, (jnp.concatenate(rows), tokens))
+  dims = ((1,), (1,)), ((), ())
+  y = jax.lax.dot_general(kernel, tokens, dims, preferred_element_type=jnp.float32)
+  y = jax.lax.optimization_barrier(y).T[: len(x)]
+  ends = np.cumsum([len(r) for r in rows])[:-1]
+  parts = zip(jnp.split(y, ends, 1), kernels)
+  return [part.reshape(lead + k.shape[num_in:]) for part, k in parts]
 
 
 def _times(x, scale):

@@ -1,13 +1,19 @@
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from mmjax import sharding
 from mmjax.nn.cache import KV, empty_cache, join, write
 
 
-def test_empty_cache_is_padding():
+@pytest.mark.parametrize(
+  'platform, dtype', [('tpu', 'bfloat16'), ('cpu', 'float32'), ('gpu', 'bfloat16')]
+)
+def test_empty_cache_is_padding(monkeypatch, platform, dtype):
+  monkeypatch.setattr(sharding, 'device', lambda: (platform, ''))
   cache = empty_cache(2, 5, 3, 2, 4, 'bfloat16', stacked=True)
   assert cache.layers.key.shape == (3, 2, 2, 5, 4)
-  assert cache.layers.value.dtype == jnp.bfloat16
+  assert cache.layers.value.dtype == dtype
   assert not np.any(cache.tags.segment_ids)
   layers = empty_cache(2, 5, 3, 2, 4, 'float32', stacked=False).layers
   assert len(layers) == 3 and layers[0].key.shape == (2, 2, 5, 4)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmjax import sharding
-from mmjax.ops.linear import linear, plus
+from mmjax.ops.linear import linear, linears, plus, reused
 
 
 def example(num_in):
@@ -59,6 +59,54 @@ def test_narrow_products_on_a_cpu_are_those_it_has(num_in):
     first = re.search(r'\(tensor<([\dx]*)xbf16>', line).group(1).split('x')
     last = re.search(r'contracting_dims = \[([\d, ]*)\]', line).group(1).split(',')
     assert int(last[-1]) == len(first) - 1
+
+
+@pytest.mark.parametrize('num_in', [1, 2])
+@pytest.mark.parametrize('tokens', [1, 3])
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+def test_reused_kernels_come_first_and_are_the_same_product(num_in, tokens, dtype):
+  rng = np.random.default_rng(0)
+  inner = (5, 6)[-num_in:]
+  x = jnp.asarray(rng.normal(size=(tokens, 1, *inner)), jnp.bfloat16)
+  kernel = jnp.asarray(rng.normal(size=(*inner, 3, 2)), jnp.float32)
+  scale = jnp.asarray(rng.normal(size=2), jnp.float32)
+  if num_in == 1:
+    kernel = kernel[..., 0]
+  else:
+    kernel = kernel.reshape(*inner, 6)[..., :2]
+  scale = scale if kernel.shape[-1] == 2 else jnp.float32(0.5)
+
+  def f(x, kernel):
+    return linear(x, kernel, num_in, dtype, scale)
+
+  want = np.asarray(f(x, kernel), np.float32)
+  with reused():
+    got = jax.jit(f)(x, kernel)
+    text = jax.jit(f).lower(x, kernel).as_text()
+  assert got.shape == want.shape and got.dtype == dtype
+  np.testing.assert_allclose(
+    np.asarray(got, np.float32), want, atol=0.02 * abs(want).max()
+  )
+  (product,) = [line for line in text.splitlines() if 'dot_general' in line]
+  rows = len(kernel.reshape(-1, kernel.shape[-1]).T)
+  assert f'(tensor<{rows}x' in product.split(':', 1)[1]
+  assert 'contracting_dims = [1] x [1]' in product
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+def test_products_of_one_x_are_one_where_kernels_are_reused(dtype):
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(2, 1, 5)), dtype)
+  shapes = (5, 2, 3), (5, 4)
+  kernels = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes]
+  want = [np.asarray(linear(x, k), np.float32) for k in kernels]
+  with reused():
+    got = jax.jit(linears)(x, kernels)
+    text = jax.jit(linears).lower(x, kernels).as_text()
+  for a, b in zip(got, want, strict=True):
+    assert a.dtype == dtype and a.shape == b.shape
+    np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=0.02 * abs(b).max())
+  assert text.count('dot_general') == (1 if dtype == 'bfloat16' else 2)
 
 
 def test_kernel_gradient_contracts_one_dimension():
