@@ -77,14 +77,17 @@ def linear(
     kernel = _times(kernel, scale)
   if rows:
     return _by_rows(x, (kernel,), num_in)[0].astype(dtype)
+  out = kernel.shape[num_in:]
   if sharding.parts('seq') == 1:
     x = x.reshape(-1, *inner)
+  if _alone():
+    x, kernel, num_in = x.reshape(len(x), -1), kernel.reshape(math.prod(inner), -1), 1
   if dtype == x.dtype and _is_narrow(x):
     y = _narrow(x, kernel, num_in)
   else:
     kernel = kernel.astype(x.dtype)
     y = jnp.tensordot(x, kernel, num_in, preferred_element_type=dtype)
-  y = y.reshape(lead + kernel.shape[num_in:])
+  y = y.reshape(lead + out)
   return y if scale is None or fold else _times(y, scale)
 
 
@@ -93,6 +96,11 @@ def linears(x: jax.Array, kernels: Sequence[jax.Array]) -> list[jax.Array]:
   if _reused.get() and _is_narrow(x):
     return [y.astype(x.dtype) for y in _by_rows(x, kernels, 1)]
   return [linear(x, kernel) for kernel in kernels]
+
+
+def _alone():
+  """Whether all is computed by one CPU."""
+  return sharding.device()[0] == 'cpu' and jax.sharding.get_abstract_mesh().size <= 1
 
 
 def _is_narrow(x):

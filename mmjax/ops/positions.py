@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmjax import sharding
 from mmjax.names import closest
 from mmjax.shape import check
 
@@ -111,8 +112,17 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
   """
   cos, sin = (a[:, :, None] for a in angles)
   R = 2 * cos.shape[-1]
-  a, b = jnp.split(x[..., :R].astype(jnp.float32), 2, axis=-1)
-  turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+  y = _alone(x)[..., :R].astype(jnp.float32)
+  cos, sin = jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
+  turned = _alone((y * cos + jnp.roll(y, R // 2, -1) * sin).astype(x.dtype))
   if x.shape[-1] == R:
     return turned
   return jnp.concatenate([turned, x[..., R:]], -1)
+
+
+def _alone(x):
+  """x; on CPUs what comes before and what after are not one loop, forward or backward.
+
+  One with the transpositions of attention around it isn't vectorised there.
+  """
+  return jax.lax.optimization_barrier(x) if sharding.device()[0] == 'cpu' else x
