@@ -130,10 +130,12 @@ def _times(x, scale):
   return x * scale.astype(x.dtype).reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _narrow(x, kernel, num_in):
+def _narrow_product(x, kernel, num_in):
   """The product in bfloat16 on a CPU, see above; the kernel's gradient in its dtype."""
   return _wide(x, kernel.astype(x.dtype), num_in).astype(x.dtype)
+
+
+_narrow = jax.custom_vjp(_narrow_product, nondiff_argnums=(2,))
 
 
 def _narrow_back(num_in, factors, g):
@@ -160,7 +162,11 @@ def _wide(x, y, num_in):
   return jnp.tensordot(x, y, num_in, preferred_element_type=jnp.float32)
 
 
-_narrow.defvjp(lambda x, kernel, n: (_narrow(x, kernel, n), (x, kernel)), _narrow_back)
+# Forward by the function itself: remat's policies don't look into what has a gradient of
+# its own.
+_narrow.defvjp(
+  lambda x, kernel, n: (_narrow_product(x, kernel, n), (x, kernel)), _narrow_back
+)
 
 
 @jax.custom_vjp

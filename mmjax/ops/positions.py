@@ -112,17 +112,22 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
   """
   cos, sin = (a[:, :, None] for a in angles)
   R = 2 * cos.shape[-1]
-  y = _alone(x)[..., :R].astype(jnp.float32)
-  cos, sin = jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
-  turned = _alone((y * cos + jnp.roll(y, R // 2, -1) * sin).astype(x.dtype))
+  y = x[..., :R].astype(jnp.float32)
+  if sharding.device()[0] == 'cpu':
+    turned = _rolled(y, cos, sin).astype(x.dtype)
+  else:
+    a, b = jnp.split(y, 2, axis=-1)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
   if x.shape[-1] == R:
     return turned
   return jnp.concatenate([turned, x[..., R:]], -1)
 
 
-def _alone(x):
-  """x; on CPUs what comes before and what after are not one loop, forward or backward.
-
-  One with the transpositions of attention around it isn't vectorised there.
-  """
-  return jax.lax.optimization_barrier(x) if sharding.device()[0] == 'cpu' else x
+def _rolled(x, cos, sin):
+  """Without putting halves together, which isn't vectorised on a CPU; nor is it in one
+  loop with attention's transpositions, so both ways it is alone between barriers. For a
+  TPU (unified_1b on v5e) the step's modelled time would be 6 % longer so."""
+  alone = jax.lax.optimization_barrier
+  x = alone(x)
+  cos, sin = jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
+  return alone(x * cos + jnp.roll(x, x.shape[-1] // 2, -1) * sin)

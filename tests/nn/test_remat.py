@@ -52,11 +52,12 @@ def model_and_args(name, L, B, T, D, N, K, H, F, dtype='float32', sharding=None)
   return model, (params, *rest)
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('name', sorted(set(REMAT) - {'none'}))
-def test_backward_is_given_what_the_table_says(name):
+def test_backward_is_given_what_the_table_says(name, dtype):
   L, T = 3, 17
   sizes = dict(D=5, N=6, K=2, H=8, F=11)
-  model, args = model_and_args(name, L, 1, T, **sizes)
+  model, args = model_and_args(name, L, 1, T, **sizes, dtype=dtype)
 
   def backward(params, *args):
     return jax.vjp(lambda p: model.apply({'params': p}, *args)[0], params)[1]

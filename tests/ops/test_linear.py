@@ -114,6 +114,17 @@ def test_kernel_gradient_contracts_one_dimension():
   text = jax.jit(jax.grad(lambda w: jnp.sum(linear(x, w) ** 2))).lower(kernel).as_text()
   assert 'contracting_dims = [0, 1]' not in text
   assert 'contracting_dims = [0] x [0]' in text
+  # On one CPU it is a matrix, and so is what it is made of: else tokens are turned first.
+  assert '-> tensor<6x6xf32>' in text
+
+
+def test_kernels_keep_their_axes_where_there_are_several_devices():
+  x, kernel = example(1)
+  mesh = sharding.make_mesh({'data': 2, 'fsdp': 4})
+  with sharding.use(mesh, sharding.RULES['dp']):
+    made = jax.make_jaxpr(linear)(x, kernel)
+  (product,) = [e for e in made.eqns if e.primitive.name == 'dot_general']
+  assert product.invars[1].aval.shape == kernel.shape
 
 
 def test_a_split_stream_is_not_flattened():

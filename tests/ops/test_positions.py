@@ -1,7 +1,9 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmjax import sharding
 from mmjax.ops.positions import rotary_angles, rotate, scaled
 
 
@@ -25,6 +27,22 @@ def test_text_is_plain_rope(sections):
   got = turn(x, np.repeat(p[..., None], 3, -1), base=100.0, sections=sections)
   for b in range(2):
     np.testing.assert_allclose(got[b], numpy_rope(x[b], p[b], 100.0), atol=2e-5)
+
+
+@pytest.mark.parametrize('rotary_dim', [16, 12])
+def test_both_ways_of_turning_are_one(monkeypatch, rotary_dim):
+  """A CPU's and the others', with their gradients."""
+  rng = np.random.default_rng(0)
+  x, weights = rng.normal(size=(2, 2, 5, 3, 16)).astype(np.float32)
+  p = jnp.asarray(rng.integers(0, 50, (2, 5, 3)), jnp.int32)
+  angles = rotary_angles(p, rotary_dim)
+
+  def made(platform):
+    monkeypatch.setattr(sharding, 'device', lambda: (platform, ''))
+    return jax.value_and_grad(lambda x: jnp.sum(weights * rotate(x, angles)))(x)
+
+  for a, b in zip(made('cpu'), made('tpu')):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('sections', [None, (2, 3, 3)])
