@@ -10,11 +10,19 @@ and tensor it has the collectives of the plain einsum, where flattening the
 kernel as well would gather it once more in the backward pass. B is the major
 dimension, so rows that are split over devices stay where they are. Only when T
 itself is split would the flat dimension not be splittable; then nothing is
-flattened.
+flattened. On one CPU, with nothing to gather, the kernel is flat too: else XLA
+turns the tokens' gradient round before the kernel's is made of it.
 
 In bfloat16 XLA's CPU backend has a fast product (AMX, AVX-512) only if the result is
 float32 and the first factor's contracted axis is its last; all else it computes from
-float32 copies. There, `linear` and its gradients are written in that form.
+float32 copies. There, `linear` and its gradients are written in that form:
+
+  y         = x kernel           x [tokens, in], kernel [in, out]
+  dx        = dy kernel^T
+  dkernel   = x^T dy             x turned before
+  y^T       = kernel^T x^T       of kernels that are `reused`, turned before: the first
+                                 factor is read as it lies, the second written anew for
+                                 the processor, which for few tokens should be x
 """
 
 import contextlib
@@ -34,7 +42,8 @@ _reused = contextvars.ContextVar('reused', default=False)
 
 @contextlib.contextmanager
 def reused():
-  """Inside, kernels are those of a loop's body: other forms of them are made once."""
+  """Inside, kernels are those of a loop's body, see `generate.once`: what is made of them
+  is made once, so it pays to turn them, and to join those of one x."""
   token = _reused.set(True)
   try:
     yield
@@ -92,7 +101,7 @@ def linear(
 
 
 def linears(x: jax.Array, kernels: Sequence[jax.Array]) -> list[jax.Array]:
-  """`linear` of x with each kernel; one product where kernels are `reused`."""
+  """`linear` of x f[..., D] with each kernel f[D, *out]; maybe one product in all."""
   if _reused.get() and _is_narrow(x):
     return [y.astype(x.dtype) for y in _by_rows(x, kernels, 1)]
   return [linear(x, kernel) for kernel in kernels]
@@ -108,9 +117,7 @@ def _is_narrow(x):
 
 
 def _by_rows(x, kernels, num_in):
-  """Products of few tokens, f32. Kernels are the first factor, [out, in]: they are read
-  as they lie, where a second factor is written anew for the processor at every product.
-  """
+  """f32[..., *out] each: a product whose first factor is all kernels, [outs, in]."""
   lead = x.shape[: x.ndim - num_in]
   x = x.reshape(math.prod(lead), -1)
   rows = [k.reshape(x.shape[1], -1).T.astype(x.dtype) for k in kernels]
