@@ -12,8 +12,9 @@ a question) is read once, for one row, and stands before them in the cache:
 Order, position and segment go on from the last slot of what stands before (see
 `mmjax.batch`). There are two programs: the prefill, by the same modules as in
 training, and a loop that stops when every row has ended, in place on the cache that
-it is given; what a token needs of the parameters alone is made before it (`once`). Batches of NumPy arrays are padded to `bucket`s first, so that prompts
-of any length need few programs; with a cache of fixed size there is one loop.
+it is given. What a token needs of the parameters alone is made before the loop
+(`once`). Batches of NumPy arrays are padded to `bucket`s first, so that prompts of
+any length need few programs; with a cache of fixed size there is one loop.
 """
 
 import dataclasses
