@@ -127,7 +127,7 @@ def rows(table: jax.Array, index: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _rows(table, index):
-  if sharding.device()[0] != 'cpu':
+  if sharding.device()[0] != 'cpu' or table.dtype.itemsize != 2:
     return jnp.take(table, index, axis=0, mode='fill')
   # As bits, or the whole table would be converted to float32. All ones are NaN.
   bits = jax.lax.bitcast_convert_type(table, jnp.uint16)

@@ -7,7 +7,7 @@ import pytest
 
 from mmjax import sharding
 from mmjax.batch import Budget
-from mmjax.ops.across import lookup, take
+from mmjax.ops.across import lookup, rows, take
 from mmjax.ops.losses import next_token_loss
 from mmjax.ops.vocabulary import Head
 
@@ -58,6 +58,20 @@ def test_lookup_equals_plain_indexing_and_gathers_no_table(sizes):
   np.testing.assert_allclose(grad, want[1], rtol=1e-6, atol=1e-6)
   assert 'all-to-all' in text
   assert not re.search(r'f32\[[^=]* all-gather\(.*shard_map', text)
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+def test_rows_are_those_of_the_table_to_the_bit_and_nan_beyond(
+  monkeypatch, dtype, platform
+):
+  monkeypatch.setattr(sharding, 'device', lambda: (platform, ''))
+  table = jax.random.normal(jax.random.key(0), (5, 4), dtype).at[3, 1].set(-0.0)
+  got = jax.jit(rows)(table, jnp.array([[4, 3], [0, 5]]))
+  assert got.dtype == dtype
+  want = np.asarray(table)[[4, 3, 0]]
+  assert np.asarray(got).reshape(4, 4)[:3].tobytes() == want.tobytes()
+  assert np.isnan(np.asarray(got, np.float32)[1, 1]).all()
 
 
 def test_lookup_gives_its_type_and_refuses_what_does_not_divide():
