@@ -64,17 +64,13 @@ def test_narrow_products_on_a_cpu_are_those_it_has(num_in):
 @pytest.mark.parametrize('num_in', [1, 2])
 @pytest.mark.parametrize('tokens', [1, 3])
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
-def test_reused_kernels_come_first_and_are_the_same_product(num_in, tokens, dtype):
+@pytest.mark.parametrize('shape', [(), (4,)])
+def test_reused_kernels_come_first_and_are_the_same_product(num_in, tokens, dtype, shape):
   rng = np.random.default_rng(0)
   inner = (5, 6)[-num_in:]
-  x = jnp.asarray(rng.normal(size=(tokens, 1, *inner)), jnp.bfloat16)
-  kernel = jnp.asarray(rng.normal(size=(*inner, 3, 2)), jnp.float32)
-  scale = jnp.asarray(rng.normal(size=2), jnp.float32)
-  if num_in == 1:
-    kernel = kernel[..., 0]
-  else:
-    kernel = kernel.reshape(*inner, 6)[..., :2]
-  scale = scale if kernel.shape[-1] == 2 else jnp.float32(0.5)
+  shapes = (tokens, 1, *inner), (*inner, 4), shape
+  x, kernel, scale = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
+  x = x.astype(jnp.bfloat16)
 
   def f(x, kernel):
     return linear(x, kernel, num_in, dtype, scale)
@@ -88,8 +84,7 @@ def test_reused_kernels_come_first_and_are_the_same_product(num_in, tokens, dtyp
     np.asarray(got, np.float32), want, atol=0.02 * abs(want).max()
   )
   (product,) = [line for line in text.splitlines() if 'dot_general' in line]
-  rows = len(kernel.reshape(-1, kernel.shape[-1]).T)
-  assert f'(tensor<{rows}x' in product.split(':', 1)[1]
+  assert '(tensor<4x' in product.split(':', 1)[1]
   assert 'contracting_dims = [1] x [1]' in product
 
 
