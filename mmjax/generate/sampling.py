@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from mmjax.ops.vocabulary import largest
 from mmjax.shape import check
 
 Sampler = Callable[[jax.Array, jax.Array], jax.Array]
@@ -21,10 +22,8 @@ class Greedy:
 
   def __call__(self, logits: jax.Array, rng: jax.Array) -> jax.Array:
     V = check('B V', logits)['V']
-    # In two plain reductions: argmax is one slow loop on a CPU.
-    largest = logits == jnp.max(logits, -1, keepdims=True)
-    words = jnp.arange(V, dtype=jnp.int32)[None]
-    return jnp.min(jnp.where(largest, words, V - 1), -1)
+    _, word = largest(logits, jnp.arange(V, dtype=jnp.int32)[None])
+    return jnp.minimum(word, V - 1)
 
 
 @dataclasses.dataclass(frozen=True)

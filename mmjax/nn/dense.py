@@ -49,14 +49,14 @@ def project(
   """x W, maybe + b, by several new kernels: f[..., D] -> f[..., *shape] each.
 
   Args:
-    outs: of each kernel its name, what shape it makes of D, and that shape's axes' names.
+    outs: of each kernel its name, what shape it makes of D, and its axes' names.
   """
   kernels, biases, zeros = [], [], nn.initializers.zeros
-  for name, shape, axes in outs:
-    whole = (x.shape[-1], *shape), ('embed', *axes)
-    kernels.append(param(module, name, kernel_init(), *whole, dtype))
+  for name, shape, axes in outs:  # a bias after its kernel: draws follow the order
+    whole = x.shape[-1], *shape
+    kernels.append(param(module, name, kernel_init(), whole, axes, dtype))
     if bias:
-      biases.append(param(module, f'{name}_bias', zeros, shape, axes, dtype))
+      biases.append(param(module, f'{name}_bias', zeros, shape, axes[1:], dtype))
   made = linears(x, kernels)
   return [plus(y, b.astype(y.dtype)) for y, b in zip(made, biases)] if bias else made
 

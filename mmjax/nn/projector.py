@@ -16,13 +16,12 @@ import flax.linen as nn
 import jax
 
 from mmjax.names import closest
-from mmjax.nn.dense import add_bias, kernel_init
+from mmjax.nn.dense import project
 from mmjax.nn.features import Features
 from mmjax.nn.resampler import Resampler
 from mmjax.nn.transformer import ACTIVATIONS
 from mmjax.ops.grid import pool_squares
-from mmjax.ops.linear import linear
-from mmjax.sharding import constrain, param
+from mmjax.sharding import constrain
 
 Grid = tuple[int, int, int]
 
@@ -33,12 +32,6 @@ class Projector(nn.Module):
   def slots(self, grid: Grid) -> Grid:
     """The grid of stream slots for an encoder's grid of tokens."""
     return grid
-
-
-def _project(module, name, x, shape, axes, dtype):
-  """x kernel + bias, two new parameters."""
-  kernel = param(module, name, kernel_init(), shape, axes, dtype)
-  return add_bias(module, f'{name}_bias', linear(x, kernel), axes[1:], dtype)
 
 
 class LinearProjector(Projector):
@@ -60,8 +53,8 @@ class LinearProjector(Projector):
       f[B, P, D]
     """
     x = features.values.astype(self.dtype)
-    shape, axes = (x.shape[-1], width), (None, 'embed')
-    y = _project(self, 'out', x, shape, axes, self.param_dtype)
+    out = 'out', (width,), (None, 'embed')
+    (y,) = project(self, x, [out], True, self.param_dtype)
     return constrain(y, 'batch', 'seq', 'act_embed')
 
 
@@ -123,10 +116,11 @@ class MlpProjector(Projector):
   def __call__(self, features: Features, num_items: int, width: int) -> jax.Array:
     """As `LinearProjector`."""
     x = features.values.astype(self.dtype)
-    C, F = x.shape[-1], self.mlp_dim or width
-    y = _project(self, 'up', x, (C, F), (None, 'mlp'), self.param_dtype)
+    up = 'up', (self.mlp_dim or width,), (None, 'mlp')
+    (y,) = project(self, x, [up], True, self.param_dtype)
     y = ACTIVATIONS[self.activation](constrain(y, 'batch', 'seq', 'act_mlp'))
-    y = _project(self, 'down', y, (F, width), ('mlp', 'embed'), self.param_dtype)
+    down = 'down', (width,), ('mlp', 'embed')
+    (y,) = project(self, y, [down], True, self.param_dtype)
     return constrain(y, 'batch', 'seq', 'act_embed')
 
 
@@ -146,6 +140,6 @@ class ResamplerProjector(Projector):
     times = features.positions[..., 0] if self.resampler.num_frames else None
     x = self.resampler(features.values, features.items, num_items, times)
     x = x.astype(self.dtype)
-    shape, axes = (x.shape[-1], width), (None, 'embed')
-    y = _project(self, 'out', x, shape, axes, self.param_dtype)
+    out = 'out', (width,), (None, 'embed')
+    (y,) = project(self, x, [out], True, self.param_dtype)
     return constrain(y, 'batch', 'seq', 'act_embed')

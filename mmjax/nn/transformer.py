@@ -213,10 +213,11 @@ class Attention(nn.Module):
     c = self.config
     D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
 
-    heads, kv_heads = ((N, H), ('heads', 'head_dim')), ((K, H), ('kv_heads', 'head_dim'))
+    heads = (N, H), ('embed', 'heads', 'head_dim')
+    kv_heads = (K, H), ('embed', 'kv_heads', 'head_dim')
     outs = ('query', *heads), ('key', *kv_heads), ('value', *kv_heads)
     q, k, v = (
-      constrain(y, 'batch', 'seq', f'act_{axes[0]}', None)
+      constrain(y, 'batch', 'seq', f'act_{axes[1]}', None)
       for y, (_, _, axes) in zip(
         project(self, x, outs, c.bias != 'none', c.param_dtype), outs, strict=True
       )
@@ -275,7 +276,7 @@ class Mlp(nn.Module):
     D, F = c.embed_dim, c.mlp_dim
 
     act, names = ACTIVATIONS[c.activation], ('up', 'gate')[: 1 + c.gated]
-    outs = [(name, (F,), ('mlp',)) for name in names]
+    outs = [(name, (F,), ('embed', 'mlp')) for name in names]
     made = project(self, x, outs, c.bias == 'all', c.param_dtype)
     hidden, *gate = (constrain(y, 'batch', 'seq', 'act_mlp') for y in made)
     hidden = checkpoint_name(hidden, MLP_UP)

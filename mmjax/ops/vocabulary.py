@@ -345,15 +345,22 @@ def _cap(logits, soft_cap):
   return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
 
 
+def largest(logits: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The largest of f[..., V], and the least of its ids i32[..., V]: f[...], i32[...].
+
+  In two plain reductions, as argmax is one slow loop on a CPU. Of NaN: the greatest i32.
+  """
+  high = jnp.max(logits, -1)
+  never = jnp.iinfo(jnp.int32).max
+  return high, jnp.min(jnp.where(logits == high[..., None], ids, never), -1)
+
+
 def _fold(part, kept, tokens, first, stats, i, size):
   """Statistics f32[..., Q] with those of one more block of words."""
   top, total, right, best = stats
   logits = part.logits(i, size) if kept is None else kept
   ids = part.ids(i, size, first)
-  high = jnp.max(logits, -1)
-  # The first of the largest, in two plain reductions: argmax is one slow loop on CPU.
-  never = jnp.iinfo(jnp.int32).max
-  found = jnp.min(jnp.where(logits == high[..., None], ids, never), -1)
+  high, found = largest(logits, ids)
   new = jnp.maximum(top, high)
   total = total * jnp.exp(top - new) + jnp.sum(jnp.exp(logits - new[..., None]), -1)
   right = right + part.right(logits, tokens, i, first)
