@@ -30,6 +30,7 @@ from mmjax import sharding
 from mmjax.batch import KeyTags, QueryTags, visible
 from mmjax.names import closest
 from mmjax.ops import context
+from mmjax.ops.linear import batch_matmul
 from mmjax.shape import check
 
 Reach = int | tuple[int, int]
@@ -206,8 +207,7 @@ def _attend(q, k, v, query_tags, key_tags, *, scale, cap):
   """q f[B, K, G, T, H], k and v f[B, K, S, H] -> f[B, K, G, T, H], f32[B, K, G, T]."""
   B, K, G, T, H = q.shape
   q = q.reshape(B, K, G * T, H)
-  logits = jnp.einsum('BKMH,BKSH->BKMS', q, k, preferred_element_type=jnp.float32)
-  logits = logits * scale
+  logits = batch_matmul(q, k, transpose=True) * scale
   if cap is not None:
     logits = cap * jnp.tanh(logits / cap)
   mask = visible(query_tags, key_tags)
@@ -216,9 +216,7 @@ def _attend(q, k, v, query_tags, key_tags, *, scale, cap):
   top = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
   weights = jnp.exp(logits - top)
   total = jnp.sum(weights, -1, keepdims=True)
-  out = jnp.einsum(
-    'BKMS,BKSH->BKMH', weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-  )
+  out = batch_matmul(weights.astype(v.dtype), v)
   # A query that sees nothing has averaged everything: finite, and thrown away.
   sees = top > nothing
   out = jnp.where(sees, out / total, 0.0).astype(v.dtype)

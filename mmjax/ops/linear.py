@@ -92,6 +92,7 @@ def linear(
   if _alone():
     x, kernel, num_in = x.reshape(len(x), -1), kernel.reshape(math.prod(inner), -1), 1
   if dtype == x.dtype and _is_narrow(x):
+    x, kernel = _apart(x, kernel)
     y = _narrow(x, kernel, num_in)
   else:
     kernel = kernel.astype(x.dtype)
@@ -114,6 +115,19 @@ def _alone():
 
 def _is_narrow(x):
   return x.dtype == jnp.bfloat16 and sharding.device()[0] == 'cpu'
+
+
+def _apart(x, kernel):
+  """x [tokens, in] and kernel [in, out], maybe with 32 zeros more to contract.
+
+  Where rows lie a multiple of 1 KB apart, one column's entries push each other out of a
+  CPU's cache, and turning x takes up to ten times as long.
+  """
+  if not _alone() or x.shape[1] % 512 or len(x) <= 512:
+    return x, kernel
+  # By whole blocks: a loop that asks of each number if it is there, is slow.
+  wider = jnp.pad(x.reshape(len(x), -1, 32), ((0, 0), (0, 1), (0, 0)))
+  return wider.reshape(len(x), -1), jnp.pad(kernel, ((0, 32), (0, 0)))
 
 
 def _by_rows(x, kernels, num_in):
@@ -156,13 +170,16 @@ def _narrow_back(num_in, factors, g):
   return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
 
 
-def turned(x: jax.Array, lead: int) -> jax.Array:
-  """x with its first `lead` axes last, written so: a first factor as CPUs want it."""
+def turned(x: jax.Array, lead: int, batch: int = 0) -> jax.Array:
+  """x with the first `lead` axes after its `batch` axes last: f[*batch, *lead, *rest] to
+  f[*batch, *rest, *lead], written so: a first factor as CPUs want it."""
   # Behind a barrier, or the product would turn it back; then a reshape, since XLA looks
   # for rows that lie as they are written.
-  y = jnp.moveaxis(x[None], range(lead + 1), range(-lead - 1, 0))
+  y = jnp.expand_dims(x, batch)
+  y = jnp.moveaxis(y, range(batch, batch + lead + 1), range(-lead - 1, 0))
   y = jax.lax.optimization_barrier(y)
-  return y.reshape(x.shape[lead:] + x.shape[:lead])
+  outer, rows, rest = x.shape[:batch], x.shape[batch:][:lead], x.shape[batch + lead :]
+  return y.reshape(outer + rest + rows)
 
 
 def _wide(x, y, num_in):
@@ -173,6 +190,51 @@ def _wide(x, y, num_in):
 # its own.
 _narrow.defvjp(
   lambda x, kernel, n: (_narrow_product(x, kernel, n), (x, kernel)), _narrow_back
+)
+
+
+def batch_matmul(x: jax.Array, y: jax.Array, transpose: bool = False) -> jax.Array:
+  """A product for each entry of two batch axes, e.g. for each row's heads.
+
+  Args:
+    x: f[B, K, M, C]
+    y: f[B, K, C, S], or f[B, K, S, C] with `transpose`.
+
+  Returns:
+    f32[B, K, M, S]
+  """
+  if not (_is_narrow(x) and _is_narrow(y) and _alone()):
+    spec = 'BKMC,BKSC->BKMS' if transpose else 'BKMC,BKCS->BKMS'
+    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+  # Of one batch axis it is the fast product of above, of two it isn't.
+  z = _narrow_each(*(z.reshape(-1, *z.shape[2:]) for z in (x, y)), transpose)
+  return z.reshape(x.shape[:2] + z.shape[1:])
+
+
+def _narrow_each_product(x, y, transpose):
+  dims = ((2,), (2 if transpose else 1,)), ((0,), (0,))
+  z = jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
+  # Transposed, it would be made a product that isn't there at all.
+  return jax.lax.optimization_barrier(z)
+
+
+_narrow_each = jax.custom_vjp(_narrow_each_product, nondiff_argnums=(2,))
+
+
+def _narrow_each_back(transpose, factors, g):
+  x, y = factors
+  g = g.astype(x.dtype)
+  left, right = (g, x) if transpose else (x, g)
+  d_x = _narrow_each_product(g, y, not transpose)
+  if left.shape[2] < 4 * right.shape[2]:
+    d_y = _narrow_each_product(turned(left, 1, 1), right, False)
+  else:  # it takes less to turn the other one, and the result
+    d_y = _narrow_each_product(turned(right, 1, 1), left, False).swapaxes(1, 2)
+  return d_x.astype(x.dtype), d_y.astype(y.dtype)
+
+
+_narrow_each.defvjp(
+  lambda x, y, t: (_narrow_each_product(x, y, t), (x, y)), _narrow_each_back
 )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmjax import sharding
-from mmjax.ops.linear import linear, linears, plus, reused
+from mmjax.ops.linear import batch_matmul, linear, linears, plus, reused
 
 
 def example(num_in):
@@ -51,14 +51,76 @@ def test_narrow_products_on_a_cpu_are_those_it_has(num_in):
     assert a.dtype == b.dtype
     a, b = (np.asarray(y, np.float32) for y in (a, b))
     np.testing.assert_allclose(a, b, atol=0.02 * np.abs(b).max())
-  text = jax.jit(gradient).lower(x, kernel).as_text()
+  assert len(fast_products(gradient, x, kernel)) == 3
+
+
+def fast_products(f, *args):
+  """The products of a program, each of them one that XLA has in bfloat16 on a CPU."""
+  text = jax.jit(f).lower(*args).as_text()
   products = [line for line in text.splitlines() if 'dot_general' in line]
-  assert len(products) == 3
   for line in products:
     assert line.split('->')[-1].strip().split('>')[0].endswith('f32')
     first = re.search(r'\(tensor<([\dx]*)xbf16>', line).group(1).split('x')
     last = re.search(r'contracting_dims = \[([\d, ]*)\]', line).group(1).split(',')
     assert int(last[-1]) == len(first) - 1
+    assert 'batching_dims = [0, 1]' not in line
+  return products
+
+
+def test_rows_a_kilobyte_apart_are_moved_apart():
+  """One column of them, as turning x reads it, doesn't fit into a cache."""
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(2, 300, 512)), jnp.bfloat16)
+  kernel = jnp.asarray(rng.normal(size=(512, 3)), jnp.bfloat16)
+
+  def f(x, w):
+    return jnp.sum(jnp.sin(linear(x, w).astype(jnp.float32)))
+
+  def g(x, w):
+    y = jnp.tensordot(x.astype(jnp.float32), w.astype(jnp.float32), 1)
+    return jnp.sum(jnp.sin(y.astype(x.dtype).astype(jnp.float32)))
+
+  gradient = jax.grad(f, (0, 1))
+  for a, b in zip(jax.jit(gradient)(x, kernel), jax.grad(g, (0, 1))(x, kernel)):
+    assert a.shape == b.shape
+    a, b = (np.asarray(y, np.float32) for y in (a, b))
+    np.testing.assert_allclose(a, b, atol=0.02 * np.abs(b).max())
+  firsts = [
+    re.search(r'\(tensor<(\d+x\d+)', line).group(1)
+    for line in fast_products(gradient, x, kernel)
+  ]
+  assert sorted(firsts) == ['544x600', '600x3', '600x544']
+
+
+@pytest.mark.parametrize('transpose', [False, True])
+@pytest.mark.parametrize('sizes', [(5, 3, 4), (1, 2, 1), (4, 2, 16), (3, 16, 2)])
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+def test_batch_matmul(transpose, sizes, dtype):
+  M, C, S = sizes
+  rng = np.random.default_rng(0)
+  shapes = (2, M, 3, C), (2, S, 3, C), (2, 3, M, S)
+  # As attention has them: tokens before heads, and so are the gradients.
+  x, y, weights = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
+  x, y = x.astype(dtype), y.astype(dtype)
+
+  def f(x, y):
+    x, y = jnp.moveaxis(x, 1, 2), jnp.moveaxis(y, 1, 2)
+    made = batch_matmul(x, y if transpose else y.swapaxes(2, 3), transpose)
+    assert made.dtype == jnp.float32
+    return jnp.sum(made * weights)
+
+  def g(x, y):
+    return jnp.sum(jnp.einsum('bmkc,bskc->bkms', x, y, precision='highest') * weights)
+
+  gradient = jax.value_and_grad(f, (0, 1))
+  got = jax.jit(gradient)(x, y)
+  want = jax.value_and_grad(g, (0, 1))(x.astype('float32'), y.astype('float32'))
+  tolerance = 0.02 if dtype == 'bfloat16' else 1e-5
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    a, b = (np.asarray(z, np.float32) for z in (a, b))
+    np.testing.assert_allclose(a, b, atol=tolerance * max(np.abs(b).max(), 1))
+  if dtype == 'bfloat16':
+    assert len(fast_products(gradient, x, y)) == 3
 
 
 @pytest.mark.parametrize('num_in', [1, 2])
