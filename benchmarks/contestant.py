@@ -6,6 +6,7 @@
 Each has a process of its own, so that none has another's memory, threads or settings.
 """
 
+import ctypes.util
 import json
 import os
 import pathlib
@@ -47,9 +48,31 @@ def environment(threads: int, **more: str) -> dict[str, str]:
   return {**os.environ, 'OMP_NUM_THREADS': str(threads), 'JAX_PLATFORMS': 'cpu', **more}
 
 
-# Huge pages in malloc (glibc), without which memory is paid for page by page, again and
-# again.
-HUGE_PAGES = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
+MALLOCS = 'glibc', 'jemalloc'
+
+
+def memory(malloc: str, *preload: str) -> dict[str, str]:
+  """An environment in which memory comes from a malloc, and libraries are preloaded.
+
+  glibc gives large arrays back to the system and gets them anew, emptied, at every step;
+  here at least in huge pages, not page by page. jemalloc is told to keep all it ever had:
+  steps then take what they compute, but the memory held says nothing.
+
+  Raises:
+    SystemExit: jemalloc isn't installed.
+  """
+  if malloc == 'glibc':
+    more = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
+  else:
+    library = ctypes.util.find_library('jemalloc')
+    if library is None:
+      raise SystemExit('--malloc=jemalloc: no such library here (Debian: libjemalloc2)')
+    preload += (library,)
+    more = {
+      'MALLOC_CONF': 'narenas:1,oversize_threshold:0,dirty_decay_ms:-1,'
+      'muzzy_decay_ms:-1,thp:always'
+    }
+  return more | ({'LD_PRELOAD': ':'.join(preload)} if preload else {})
 
 
 def take_turns(

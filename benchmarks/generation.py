@@ -28,7 +28,7 @@ import tempfile
 import time
 
 import numpy as np
-from contestant import HUGE_PAGES, Contestant, environment, take_turns
+from contestant import MALLOCS, Contestant, environment, memory, take_turns
 from prompts_generation import IMAGES, PATCH, SIDE, SLOTS, WORDS, patches, prompts
 
 CONTESTANTS = (
@@ -107,10 +107,10 @@ def serve(contestant, name, folder, rows, threads):
 
 
 class Process(Contestant):
-  def __init__(self, contestant, name, folder, rows, threads):
+  def __init__(self, contestant, name, folder, rows, threads, malloc):
     command = [sys.executable, __file__, '--serve', contestant, '--case', name]
     command += ['--folder', folder, '--rows', str(rows), '--threads', str(threads)]
-    super().__init__(command, environment(threads, **HUGE_PAGES))
+    super().__init__(command, environment(threads, **memory(malloc)))
     self.tokens = np.asarray(self.facts)
 
   def result(self, slots):
@@ -137,13 +137,13 @@ def best(results, side):
 
 def case(name, folder, rows, args):
   names = args.only.split(',') if args.only else CONTESTANTS
-  running = {n: Process(n, name, folder, rows, args.threads) for n in names}
+  running = {n: Process(n, name, folder, rows, args.threads, args.malloc) for n in names}
   take_turns(running, args.rounds, f'{name}, {rows} rows', '{:.2f} s'.format)
   slots = IMAGES * SLOTS[name] + WORDS
   results = {n: p.result(slots) for n, p in running.items()}
   report = {
     'benchmark': 'generation', 'model': name, 'rows': rows, 'new': NEW, 'prompt': slots,
-    'threads': args.threads,
+    'threads': args.threads, 'malloc': args.malloc,
   }  # fmt: skip
   tokens = {n: p.tokens for n, p in running.items()}
   if {'mmjax', 'transformers'} <= set(tokens):
@@ -175,6 +175,7 @@ def main():
   parser.add_argument('--cases', default='flamingo,unified')
   parser.add_argument('--rows', default='1,8')
   parser.add_argument('--threads', type=int, default=2, help="torch's")
+  parser.add_argument('--malloc', choices=MALLOCS, default='glibc')
   parser.add_argument('--only', default='', help='contestants, e.g. mmjax,transformers')
   parser.add_argument('--folder', help='keeps the models, by name; default: for now')
   parser.add_argument('--table', type=pathlib.Path, help='a file of reports to print')

@@ -48,7 +48,8 @@ def tables(reports):
   parts = []
   for r in reports:
     threads = f'{r["threads"]} thread' + 's' * (r['threads'] > 1)
-    head = f'{r["model"]}, {WHAT[r["case"]]}; {r["processor"]}, {threads}'
+    how = f'{threads}, {r["malloc"]}'
+    head = f'{r["model"]}, {WHAT[r["case"]]}; {r["processor"]}, {how}'
     parts.append(f'{head}:\n\n{table(r["results"])}\n')
   return '\n'.join(parts)
 

@@ -17,9 +17,11 @@ torch runs "stock" and, where the processor isn't Intel's, "unlocked": Intel's M
 which torch uses, picks slow code on other makers' processors unless a two-line
 library, preloaded, tells it otherwise. Every contestant first times a product of two
 2048 x 2048 matrices: the ceiling that its step can be held against; `ceiling_share` is
-what of that rate mmjax's step reaches, by the FLOPs of its products. All of them run
-with huge pages in malloc (glibc), without which every step of either side pays for the
-same memory, page by page, again. A round is two runs, of which the second counts, as in
+what of that rate mmjax's step reaches, by the FLOPs of its products. With --malloc=glibc
+steps get their memory anew from the system each time, in huge pages, which is a fifth to
+a third of both sides' time on a virtual machine; peak memory is measured with it. With
+--malloc=jemalloc processes keep what they had (two or three contestants fit into 24 GB),
+and steps take what they compute. A round is two runs, of which the second counts, as in
 training one step follows another: while the others have their turn, a virtual machine's
 host may take back what a process has freed. Seconds are of the clock; CPU-seconds are of
 all threads, and say more than the clock where the machine has other work (for torch with
@@ -40,7 +42,7 @@ import tempfile
 import time
 
 import step_documents as documents
-from contestant import HUGE_PAGES, Contestant, environment, processor, take_turns
+from contestant import MALLOCS, Contestant, environment, memory, processor, take_turns
 
 MODELS, CASES = ('unified', 'flamingo', 'clip'), ('fixed', 'mixture')
 UNLOCK = ''.join(
@@ -254,8 +256,9 @@ class Process(Contestant):
   """A contestant of one model and case."""
 
   def __init__(self, name, model, case, args, preload=None):
-    more = {'LD_PRELOAD': preload} if preload else {}
-    env = environment(args.threads, **HUGE_PAGES, **more)
+    self.keeps_memory = args.malloc != 'glibc'
+    libraries = [preload] if preload else []
+    env = environment(args.threads, **memory(args.malloc, *libraries))
     command = [sys.executable, __file__, '--serve', name, '--model', model]
     command += ['--case', case]
     command += ['--devices', str(args.devices), '--threads', str(args.threads)]
@@ -276,8 +279,9 @@ class Process(Contestant):
       'trained_per_second': round(self.facts['trained'] / seconds),
       'useful_per_second': round(self.facts['useful'] / seconds),
       'fill': round(self.facts['useful'] / self.facts['slots'], 3),
-      'peak_gb': round(max(r[2] for r in self.rounds), 2),
     }
+    if not self.keeps_memory:
+      made['peak_gb'] = round(max(r[2] for r in self.rounds), 2)
     if gflop := self.facts['gflop']:
       share = gflop / seconds / self.facts['ceiling']
       made |= {'gflop': round(gflop), 'ceiling_share': round(share, 3)}
@@ -308,10 +312,11 @@ def measure(model, case, args, library):
     raise SystemExit(f'not the same model: {sorted(counts)} trained parameters')
   take_turns(running, args.rounds, f'{model}, {case}', '{:.2f} s'.format)
   results = {n: p.result() for n, p in running.items()}
+  # Against its float32, or, of bfloat16 alone, that.
+  ours = [r['useful_per_second'] for n, r in results.items() if n.startswith('mmjax')]
   for r in results.values():
-    if 'mmjax' in results:
-      ours = results['mmjax']['useful_per_second']
-      r['mmjax_is_faster'] = round(ours / r['useful_per_second'], 2)
+    if ours:
+      r['mmjax_is_faster'] = round(ours[0] / r['useful_per_second'], 2)
   return results
 
 
@@ -324,6 +329,7 @@ def main():
     '--devices', type=int, default=1, help='devices that mmjax makes of the CPU'
   )
   parser.add_argument('--threads', type=int, default=2, help='1 = all on one core')
+  parser.add_argument('--malloc', choices=MALLOCS, default='glibc')
   parser.add_argument('--bf16', action=argparse.BooleanOptionalAction, default=True)
   parser.add_argument(
     '--only', help='contestants, e.g. mmjax,torch-trained; default all', default=''
@@ -349,6 +355,7 @@ def main():
           'processor': ' '.join(processor()),
           'devices': args.devices,
           'threads': args.threads,
+          'malloc': args.malloc,
           'same_loss': comparison.facts,
           'results': measure(model, case, args, library),
         }
