@@ -11,6 +11,7 @@ REPORT = {
   'case': 'fixed',
   'processor': 'Some',
   'threads': 2,
+  'malloc': 'glibc',
   'results': {'mmjax': ROW, 'torch unlocked': {**ROW, 'peak_gb': 9.25}},
 }
 
@@ -33,7 +34,7 @@ def run(tmp_path, monkeypatch):
 def test_prints_each_contestant(run, capsys):
   run()
   first, *rest = capsys.readouterr().out.splitlines()
-  assert first == 'clip, full rows; Some, 2 threads:'
+  assert first == 'clip, full rows; Some, 2 threads, glibc:'
   rows = [line.split(' | ') for line in rest if line.startswith('|')]
   assert len({len(r) for r in rows}) == 1
   assert rows[2][:3] == ['| mmjax', '2.5', '4.75']
