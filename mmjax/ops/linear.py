@@ -92,7 +92,6 @@ def linear(
   if _alone():
     x, kernel, num_in = x.reshape(len(x), -1), kernel.reshape(math.prod(inner), -1), 1
   if dtype == x.dtype and _is_narrow(x):
-    x, kernel = _apart(x, kernel)
     y = _narrow(x, kernel, num_in)
   else:
     kernel = kernel.astype(x.dtype)
@@ -115,19 +114,6 @@ def _alone():
 
 def _is_narrow(x):
   return x.dtype == jnp.bfloat16 and sharding.device()[0] == 'cpu'
-
-
-def _apart(x, kernel):
-  """x [tokens, in] and kernel [in, out], maybe with 32 zeros more to contract.
-
-  Where rows lie a multiple of 1 KB apart, one column's entries push each other out of a
-  CPU's cache, and turning x takes up to ten times as long.
-  """
-  if not _alone() or x.shape[1] % 512 or len(x) <= 512:
-    return x, kernel
-  # By whole blocks: a loop that asks of each number if it is there, is slow.
-  wider = jnp.pad(x.reshape(len(x), -1, 32), ((0, 0), (0, 1), (0, 0)))
-  return wider.reshape(len(x), -1), jnp.pad(kernel, ((0, 32), (0, 0)))
 
 
 def _by_rows(x, kernels, num_in):
@@ -166,7 +152,7 @@ def _narrow_back(num_in, factors, g):
   dims = (tuple(range(lead, lead + out)), rest), ((), ())
   back = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
   d_x = back(g, kernel.astype(g.dtype), dims)
-  d_kernel = _wide(turned(x, lead), g, lead)
+  d_kernel = _wide(turned(x, lead), g, lead)[: len(kernel)]
   return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
 
 
@@ -186,11 +172,27 @@ def _wide(x, y, num_in):
   return jnp.tensordot(x, y, num_in, preferred_element_type=jnp.float32)
 
 
-# Forward by the function itself: remat's policies don't look into what has a gradient of
-# its own.
-_narrow.defvjp(
-  lambda x, kernel, n: (_narrow_product(x, kernel, n), (x, kernel)), _narrow_back
-)
+def _narrow_forward(x, kernel, num_in):
+  # By the function itself: remat's policies don't look into what has a gradient of its
+  # own.
+  wider, taller = _apart(x, kernel)
+  return _narrow_product(wider, taller, num_in), (wider, kernel)
+
+
+def _apart(x, kernel):
+  """x [tokens, in] and kernel [in, out], maybe with 32 zeros more to contract.
+
+  Where rows lie a multiple of 1 KB apart, one column's entries push each other out of a
+  CPU's cache, and turning x for the gradient takes up to ten times as long.
+  """
+  if not _alone() or x.shape[1] % 512 or len(x) <= 512:
+    return x, kernel
+  # By whole blocks: a loop that asks of each number if it is there, is slow.
+  wider = jnp.pad(x.reshape(len(x), -1, 32), ((0, 0), (0, 1), (0, 0)))
+  return wider.reshape(len(x), -1), jnp.pad(kernel, ((0, 32), (0, 0)))
+
+
+_narrow.defvjp(_narrow_forward, _narrow_back)
 
 
 def batch_matmul(x: jax.Array, y: jax.Array, transpose: bool = False) -> jax.Array:
