@@ -4,7 +4,8 @@ python benchmarks/train_step.py --model=unified,flamingo,clip > report.jsonl
 python benchmarks/table.py report.jsonl             # to stdout
 python benchmarks/table.py report.jsonl README.md   # between the marks in that file
 
-The marks are lines of their own: `<!-- train_step -->` and `<!-- /train_step -->`.
+Lines of the same case, as of pairs of contestants, make one table. The marks are lines of
+their own: `<!-- train_step -->` and `<!-- /train_step -->`.
 """
 
 import json
@@ -33,20 +34,32 @@ COLUMNS = {
 WHAT = {'fixed': 'full rows', 'mixture': 'documents of mixed lengths'}
 
 
+def joined(reports):
+  """Reports in which those of one case, e.g. of pairs of contestants, are one."""
+  made = {}
+  for r in reports:
+    case = tuple(r[k] for k in ('model', 'case', 'processor', 'threads', 'malloc'))
+    earlier = made.get(case, {'results': {}})['results']
+    made[case] = {**r, 'results': {**earlier, **r['results']}}
+  return made.values()
+
+
 def table(results):
-  """Markdown of one case: {contestant: {column: number}}."""
-  lines = [['', *COLUMNS.values()], ['---'] * (1 + len(COLUMNS))]
+  """Markdown of one case: {contestant: {column: number}}; columns that have numbers."""
+  found = {c for r in results.values() for c in r}
+  columns = {c: name for c, name in COLUMNS.items() if c in found}
+  lines = [['', *columns.values()], ['---'] * (1 + len(columns))]
   for name, r in results.items():
     plain = name.removesuffix(' unlocked')
     label = NAMES.get(plain, plain) + (', MKL unlocked' if plain != name else '')
-    lines.append([label, *(str(r.get(c, '')) for c in COLUMNS)])
+    lines.append([label, *(str(r.get(c, '')) for c in columns)])
   return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 
 def tables(reports):
   """Markdown of reports, each under a line that says what it is of."""
   parts = []
-  for r in reports:
+  for r in joined(reports):
     threads = f'{r["threads"]} thread' + 's' * (r['threads'] > 1)
     how = f'{threads}, {r["malloc"]}'
     head = f'{r["model"]}, {WHAT[r["case"]]}; {r["processor"]}, {how}'

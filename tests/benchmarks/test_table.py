@@ -59,3 +59,15 @@ def test_refuses_a_page_without_marks(run, tmp_path):
   page.write_text('<!-- /train_step -->\n<!-- train_step -->\n')
   with pytest.raises(SystemExit, match='needs the lines'):
     run(page)
+
+
+def test_runs_of_one_case_are_one_table(run, tmp_path, capsys):
+  more = {**REPORT, 'results': {'mmjax-bf16': ROW}}
+  other = {**more, 'malloc': 'jemalloc'}
+  lines = map(json.dumps, (REPORT, other, more))
+  (tmp_path / 'report.jsonl').write_text('\n'.join(lines))
+  run()
+  first, second = capsys.readouterr().out.split('clip, full rows')[1:]
+  names = [line.split(' | ')[0] for line in first.splitlines() if line.startswith('| ')]
+  assert names[2:] == ['| mmjax', '| PyTorch, MKL unlocked', '| mmjax, bfloat16']
+  assert 'jemalloc' in second and 'peak' in first and 'peak' not in second
