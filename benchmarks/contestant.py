@@ -51,8 +51,8 @@ def environment(threads: int, **more: str) -> dict[str, str]:
 MALLOCS = 'glibc', 'jemalloc'
 
 
-def memory(malloc: str, *preload: str) -> dict[str, str]:
-  """An environment in which memory comes from a malloc, and libraries are preloaded.
+def memory(malloc: str, preload: str | None = None) -> dict[str, str]:
+  """An environment in which memory comes from a malloc; also preloads a library.
 
   glibc gives large arrays back to the system and gets them anew, emptied, at every step;
   here at least in huge pages, not page by page. jemalloc is told to keep all it ever had:
@@ -61,18 +61,21 @@ def memory(malloc: str, *preload: str) -> dict[str, str]:
   Raises:
     SystemExit: jemalloc isn't installed.
   """
+  libraries = [preload] if preload else []
   if malloc == 'glibc':
-    more = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
+    made = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
   else:
-    library = ctypes.util.find_library('jemalloc')
-    if library is None:
+    found = ctypes.util.find_library('jemalloc')
+    if found is None:
       raise SystemExit('--malloc=jemalloc: no such library here (Debian: libjemalloc2)')
-    preload += (library,)
-    more = {
+    libraries.append(found)
+    made = {
       'MALLOC_CONF': 'narenas:1,oversize_threshold:0,dirty_decay_ms:-1,'
       'muzzy_decay_ms:-1,thp:always'
     }
-  return more | ({'LD_PRELOAD': ':'.join(preload)} if preload else {})
+  if libraries:
+    made['LD_PRELOAD'] = ':'.join(libraries)
+  return made
 
 
 def take_turns(

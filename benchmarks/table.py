@@ -38,7 +38,8 @@ def joined(reports):
   """Reports in which those of one case, e.g. of pairs of contestants, are one."""
   made = {}
   for r in reports:
-    case = tuple(r[k] for k in ('model', 'case', 'processor', 'threads', 'malloc'))
+    # All that a run was told, devices too; what it found is its own.
+    case = json.dumps({k: x for k, x in r.items() if k not in ('results', 'same_loss')})
     earlier = made.get(case, {'results': {}})['results']
     made[case] = {**r, 'results': {**earlier, **r['results']}}
   return made.values()
