@@ -190,15 +190,16 @@ class Generator:
       return (i < self.max_new) & ~jnp.all(state.done)
 
     def body(loop):
-      i, state = loop
-      return i + 1, step(i, state, rng)
+      i, carried = loop
+      return i + 1, _squeezed(step(i, _shaped(carried, state), rng))
 
     first = jnp.int32(1)
     with reused():
       step = once(token, params, first, state, rng)
-    _, state = jax.lax.while_loop(going_on, body, (first, state))
+    _, carried = jax.lax.while_loop(going_on, body, (first, _squeezed(state)))
+    made = _shaped(carried, state)
     # All of it comes back, since only what does can stand where the given one stood.
-    return state.out, state
+    return made.out, made
 
 
 def make_generate(
@@ -281,6 +282,17 @@ def bucketed(batch: PackedBatch) -> PackedBatch:
     for kind, b in batch.bank.items()
   }
   return PackedBatch(Stream(**stream), bank)
+
+
+def _squeezed(state: State) -> State:
+  """Without axes of one: a loop that carries them, e.g. of a single row, copies the cache
+  at every token, since XLA's products leave them out and its loops don't."""
+  return jax.tree.map(jnp.squeeze, state)
+
+
+def _shaped(carried: State, state: State) -> State:
+  """`_squeezed` undone."""
+  return jax.tree.map(lambda x, like: x.reshape(like.shape), carried, state)
 
 
 def _broadcast(cache: Any, rows: int) -> Any:

@@ -217,10 +217,11 @@ def test_buckets():
   assert bucket(5, 16) == 16
 
 
-def test_the_loop_writes_where_the_given_cache_stands():
+@pytest.mark.parametrize('rows', [1, 3])
+def test_the_loop_writes_where_the_given_cache_stands(rows):
   f = decoder(NEVER)
   state = f.prefill_program(
-    params(), bucketed(pack(prompts())), jax.random.key(0), None, slots=100
+    params(), bucketed(pack(prompts()[:rows])), jax.random.key(0), None, slots=500
   )
   lowered = f.loop_program.lower(params(), state, jax.random.key(0))
   held = sum(x.nbytes for x in jax.tree.leaves(state.cache))
