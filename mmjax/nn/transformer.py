@@ -40,7 +40,7 @@ from mmjax.ops.attention import IMPLEMENTATIONS, attend
 from mmjax.ops.linear import linear
 from mmjax.ops.norms import layer_norm, rms_norm
 from mmjax.ops.positions import Scaling, Sections, rotary_angles, rotate, scaled
-from mmjax.sharding import constrain, param
+from mmjax.sharding import constrain, device, param
 
 
 @jax.custom_jvp
@@ -251,11 +251,24 @@ class Attention(nn.Module):
 def _elementwise(f, *x):
   """f(*x). Backward: one pass over x and y's gradient, kept is x alone; autodiff would
   keep f's inner values. The results are made once, not anew in each product after it."""
-  return jax.lax.optimization_barrier(f(*x))
+  return jax.lax.optimization_barrier(_rounded_once(f)(*x))
 
 
 def _elementwise_backward(f, x, dy):
-  return jax.lax.optimization_barrier(jax.vjp(f, *x)[1](dy))
+  return jax.lax.optimization_barrier(jax.vjp(_rounded_once(f), *x)[1](dy))
+
+
+def _rounded_once(f):
+  """f, but where a CPU computes bfloat16 in float32 and rounds slowly, not rounded after
+  each of its operations."""
+
+  def at_once(*x):
+    dtype = x[0].dtype
+    if dtype != jnp.bfloat16 or device()[0] != 'cpu':
+      return f(*x)
+    return f(*(z.astype(jnp.float32) for z in x)).astype(dtype)
+
+  return at_once
 
 
 _elementwise.defvjp(lambda f, *x: (_elementwise(f, *x), x), _elementwise_backward)

@@ -156,6 +156,30 @@ def test_compute_in_bfloat16_keeps_parameters_in_float32(scanned):
   assert np.abs(hidden.astype(jnp.float32) - want).max() < 0.1
 
 
+@pytest.mark.parametrize('activation', ['silu', 'gelu', 'quick_gelu'])
+def test_an_mlp_in_bfloat16_rounds_its_activation_once(activation):
+  """With kernels of ones on the diagonal, products are exact; what is left to round is
+  act(x) * x, and its slope."""
+  config = dataclasses.replace(CONFIG, mlp_dim=16, activation=activation)
+  params = {name: jnp.eye(16) for name in ('up', 'gate', 'down')}
+  x = jax.random.normal(jax.random.key(0), (4, 64, 16), jnp.bfloat16)
+  act = transformer.ACTIVATIONS[activation]
+
+  def mlp(x):
+    return Mlp(config).apply({'params': params}, x)
+
+  def exact(x):
+    return act(x) * x
+
+  got, pull = jax.vjp(mlp, x)
+  want = exact(x.astype(jnp.float32))
+  np.testing.assert_array_equal(got, want.astype(jnp.bfloat16))
+  # Of gate and up, each rounded, and once more their sum.
+  slope = jax.vmap(jax.grad(exact))(x.astype(jnp.float32).reshape(-1)).reshape(x.shape)
+  error = jnp.abs(pull(jnp.ones_like(got))[0].astype(jnp.float32) - slope)
+  assert jnp.all(error <= 2**-8 * (jnp.abs(slope) + 2 * jnp.abs(want) + 1))
+
+
 @pytest.mark.parametrize('scan', [True, False])
 def test_cache_fed_in_two_parts_equals_all_at_once(scanned, scan):
   params, args, _ = scanned
