@@ -151,7 +151,9 @@ def _narrow_back(num_in, factors, g):
   rest = tuple(range(num_in, kernel.ndim))
   dims = (tuple(range(lead, lead + out)), rest), ((), ())
   back = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-  d_x = back(g, kernel.astype(g.dtype), dims)
+  last = num_in - 1, x.shape[-1] - kernel.shape[num_in - 1]  # as wide as x was made
+  d_x = back(g, _longer(kernel.astype(g.dtype), *last), dims)
+  d_x = d_x[..., : kernel.shape[num_in - 1]]
   d_kernel = _wide(turned(x, lead), g, lead)[: len(kernel)]
   return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
 
@@ -173,23 +175,35 @@ def _wide(x, y, num_in):
 
 
 def _narrow_forward(x, kernel, num_in):
+  """Where rows lie a multiple of 1 KB apart, one column's entries push each other out of
+  a CPU's cache: to turn x takes up to ten times as long, and results are written slowly.
+  So tokens and results are made wider by zeros, here and in the gradient."""
+  tokens, columns = len(x), kernel.shape[-1]
+  taller = kernel
+  if _crowds(tokens, x.shape[-1]):
+    # By whole blocks: a loop that asks of each number if it is there, is slow.
+    x = _longer(x.reshape(tokens, -1, _ZEROS), 1, 1).reshape(tokens, -1)
+    taller = _longer(kernel, 0, _ZEROS)
+  broader = _longer(taller, -1, _ZEROS * _crowds(tokens, columns))
   # By the function itself: remat's policies don't look into what has a gradient of its
   # own.
-  wider, taller = _apart(x, kernel)
-  return _narrow_product(wider, taller, num_in), (wider, kernel)
+  return _narrow_product(x, broader, num_in)[..., :columns], (x, kernel)
 
 
-def _apart(x, kernel):
-  """x [tokens, in] and kernel [in, out], maybe with 32 zeros more to contract.
+_ZEROS = 32
 
-  Where rows lie a multiple of 1 KB apart, one column's entries push each other out of a
-  CPU's cache, and turning x for the gradient takes up to ten times as long.
-  """
-  if not _alone() or x.shape[1] % 512 or len(x) <= 512:
-    return x, kernel
-  # By whole blocks: a loop that asks of each number if it is there, is slow.
-  wider = jnp.pad(x.reshape(len(x), -1, 32), ((0, 0), (0, 1), (0, 0)))
-  return wider.reshape(len(x), -1), jnp.pad(kernel, ((0, 32), (0, 0)))
+
+def _crowds(tokens, width):
+  return _alone() and width % 512 == 0 and tokens > 512
+
+
+def _longer(x, axis, count):
+  """x with so many zeros behind it along an axis."""
+  if not count:
+    return x
+  width = [(0, 0)] * x.ndim
+  width[axis] = 0, count
+  return jnp.pad(x, width)
 
 
 _narrow.defvjp(_narrow_forward, _narrow_back)

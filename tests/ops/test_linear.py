@@ -67,11 +67,12 @@ def fast_products(f, *args):
   return products
 
 
-def test_rows_a_kilobyte_apart_are_moved_apart():
+@pytest.mark.parametrize('columns', [3, 512])
+def test_rows_a_kilobyte_apart_are_moved_apart(columns):
   """One column of them, as turning x reads it, doesn't fit into a cache."""
   rng = np.random.default_rng(0)
   x = jnp.asarray(rng.normal(size=(2, 300, 512)), jnp.bfloat16)
-  kernel = jnp.asarray(rng.normal(size=(512, 3)), jnp.bfloat16)
+  kernel = jnp.asarray(rng.normal(size=(512, columns)), jnp.bfloat16)
 
   def f(x, w):
     return jnp.sum(jnp.sin(linear(x, w).astype(jnp.float32)))
@@ -85,11 +86,16 @@ def test_rows_a_kilobyte_apart_are_moved_apart():
     assert a.shape == b.shape
     a, b = (np.asarray(y, np.float32) for y in (a, b))
     np.testing.assert_allclose(a, b, atol=0.02 * np.abs(b).max())
-  firsts = [
-    re.search(r'\(tensor<(\d+x\d+)', line).group(1)
+  products = [
+    (
+      re.search(r'\(tensor<(\d+x\d+)', line)[1],
+      re.search(r'-> tensor<(\d+x\d+)', line)[1],
+    )
     for line in fast_products(gradient, x, kernel)
   ]
-  assert sorted(firsts) == ['544x600', '600x3', '600x544']
+  wide = {3: '600x3', 512: '600x544'}[columns]
+  turned, gradient_of_x = ('544x600', f'544x{columns}'), (f'600x{columns}', '600x544')
+  assert sorted(products) == sorted([turned, gradient_of_x, ('600x544', wide)])
 
 
 @pytest.mark.parametrize('transpose', [False, True])
