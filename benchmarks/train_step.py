@@ -31,6 +31,7 @@ the timed steps (start-up and compilation not counted).
 
 import argparse
 import ctypes
+import functools
 import importlib
 import json
 import os
@@ -189,8 +190,6 @@ def refuse_others(losses):
 def ceiling(name, threads):
   """GFLOP/s of a product of 2048 x 2048 matrices, the best of ten."""
   if name.startswith('mmjax'):
-    import functools
-
     import jax
 
     dtype = 'bfloat16' if name.endswith('bf16') else 'float32'

@@ -37,6 +37,7 @@ import numpy as np
 
 from mmjax import sharding
 
+_ZEROS = 32  # columns that move rows apart, see `_narrow_forward`
 _reused = contextvars.ContextVar('reused', default=False)
 
 
@@ -151,9 +152,9 @@ def _narrow_back(num_in, factors, g):
   rest = tuple(range(num_in, kernel.ndim))
   dims = (tuple(range(lead, lead + out)), rest), ((), ())
   back = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-  last = num_in - 1, x.shape[-1] - kernel.shape[num_in - 1]  # as wide as x was made
-  d_x = back(g, _longer(kernel.astype(g.dtype), *last), dims)
-  d_x = d_x[..., : kernel.shape[num_in - 1]]
+  width = kernel.shape[num_in - 1]
+  taller = _longer(kernel.astype(g.dtype), num_in - 1, x.shape[-1] - width)  # as x was
+  d_x = back(g, taller, dims)[..., :width]
   d_kernel = _wide(turned(x, lead), g, lead)[: len(kernel)]
   return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
 
@@ -188,9 +189,6 @@ def _narrow_forward(x, kernel, num_in):
   # By the function itself: remat's policies don't look into what has a gradient of its
   # own.
   return _narrow_product(x, broader, num_in)[..., :columns], (x, kernel)
-
-
-_ZEROS = 32
 
 
 def _crowds(tokens, width):
