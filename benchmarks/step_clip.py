@@ -29,7 +29,7 @@ SIZES = dict(
     patch_size=16,
   ),
 )
-ROWS = {'fixed': 64, 'mixture': 17}
+ROWS = {'fixed': 64, 'mixture': 16}
 PADDED = GROUP = 64
 SIDE, T, PATCHES = 96, 77, 36
 HEADS = {'torch': 'all', 'torch-bf16': 'all'}

@@ -1,12 +1,14 @@
 """Random documents for the benchmark of train steps, and two ways to batch them.
 
-packed   as few rows as first-fit-decreasing finds; a row holds what its budget says
+packed   by mmjax' own bin packing; a row holds what its budget says, and a batch so
+         many (`ROWS`) that none stays empty, as none would in a run
 padded   so many documents a batch, as they come, one a row, each padded to the longest
 """
 
 import numpy as np
 
 from mmjax.batch import BankBudget, Budget
+from mmjax.data import binpack
 from mmjax.data.document import Document, Image, Text
 from mmjax.data.example import to_example
 from mmjax.data.media import ImageRule
@@ -55,22 +57,14 @@ def packed(found, room, rows, group=None):
   limits = np.array([room.stream, room.targets, image.patches, image.items])
   batches = []
   for i in range(0, len(found), group or len(found)):
-    filled = []
-    for one in sorted(found[i : i + (group or len(found))], key=len, reverse=True):
-      need = needs(one)
-      for row in filled:
-        if (row[0] >= need).all():
-          break
-      else:
-        row = [limits, []]
-        filled.append(row)
-      row[0] = row[0] - need
-      row[1].append(one)
-    if group and len(filled) > rows:
+    some = found[i : i + (group or len(found))]
+    took = np.array([needs(one) for one in some])
+    filled = binpack.pack(took, np.ones(len(some), np.int64), limits)
+    lists = [[some[k] for k in row] for row, _ in filled]
+    if group and len(lists) > rows:
       raise ValueError(
-        f'a group of {group} documents takes {len(filled)} rows, not {rows}'
+        f'a group of {group} documents takes {len(lists)} rows, not {rows}'
       )
-    lists = [row[1] for row in filled]
     lists += [[]] * (-len(lists) % rows)
     batches += [pack(lists[k : k + rows], room) for k in range(0, len(lists), rows)]
   return batches

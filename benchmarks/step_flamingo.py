@@ -40,7 +40,7 @@ SIZES = dict(
     qk_layer_norms_perceiver=False,
   ),
 )
-ROWS = {'fixed': 8, 'mixture': 8}
+ROWS = {'fixed': 8, 'mixture': 7}
 PADDED, GROUP = 8, None
 SIDE, T, PATCHES = 96, 256, 36
 HEADS = {'torch': 'all', 'torch-bf16': 'all'}

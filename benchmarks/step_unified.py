@@ -21,7 +21,7 @@ SIZES = dict(
   patch_channels=documents.CHANNELS,
   rope_base=10_000.0,
 )
-ROWS = {'fixed': 8, 'mixture': 8}  # of a packed batch
+ROWS = {'fixed': 8, 'mixture': 11}  # of a packed batch
 PADDED, GROUP = 8, None  # documents of a padded batch; of a packed one
 GRID = (1, 12, 12)
 SIDE, T = 16 * GRID[1], 512

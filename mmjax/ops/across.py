@@ -129,7 +129,9 @@ def rows(table: jax.Array, index: jax.Array) -> jax.Array:
 def _rows(table, index):
   if sharding.device()[0] != 'cpu' or table.dtype.itemsize != 2:
     return jnp.take(table, index, axis=0, mode='fill')
-  # As bits, or the whole table would be converted to float32. All ones are NaN.
+  # As bits, or the whole table would be converted to float32. All ones are NaN. Behind a
+  # barrier with the index, or a loop would have the bits of all of it written before it.
+  table, index = jax.lax.optimization_barrier((table, index))
   bits = jax.lax.bitcast_convert_type(table, jnp.uint16)
   bits = jnp.take(bits, index, axis=0, mode='fill', fill_value=0xFFFF)
   return jax.lax.bitcast_convert_type(bits, table.dtype)

@@ -92,12 +92,15 @@ def linear(
     x = x.reshape(-1, *inner)
   if _alone():
     x, kernel, num_in = x.reshape(len(x), -1), kernel.reshape(math.prod(inner), -1), 1
+  one = _alone() and _is_narrow(x) and len(x) == 1
+  if one:  # one token alone has no fast product
+    x = _longer(x, 0, 1)
   if dtype == x.dtype and _is_narrow(x):
     y = _narrow(x, kernel, num_in)
   else:
     kernel = kernel.astype(x.dtype)
     y = jnp.tensordot(x, kernel, num_in, preferred_element_type=dtype)
-  y = y.reshape(lead + out)
+  y = (y[:1] if one else y).reshape(lead + out)
   return y if scale is None or fold else _times(y, scale)
 
 
@@ -122,8 +125,8 @@ def _by_rows(x, kernels, num_in):
   lead = x.shape[: x.ndim - num_in]
   x = x.reshape(math.prod(lead), -1)
   rows = [k.reshape(x.shape[1], -1).T.astype(x.dtype) for k in kernels]
-  # One token alone has no fast product. Behind barriers, or XLA would undo the turning.
-  tokens = jnp.pad(x, ((0, max(2 - len(x), 0)), (0, 0)))
+  # Two tokens at least, as above. Behind barriers, or XLA would undo the turning.
+  tokens = _longer(x, 0, max(2 - len(x), 0))
   kernel, tokens = map(jax.lax.optimization_barrier, (jnp.concatenate(rows), tokens))
   dims = ((1,), (1,)), ((), ())
   y = jax.lax.dot_general(kernel, tokens, dims, preferred_element_type=jnp.float32)

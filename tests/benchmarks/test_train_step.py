@@ -77,6 +77,14 @@ def test_packed_and_padded_hold_the_same_documents(small, case):
   assert images[0] == images[1] > 0
 
 
+@pytest.mark.parametrize('name', ['unified', 'flamingo', 'clip'])
+def test_no_row_of_a_mixture_stays_empty(monkeypatch, name):
+  monkeypatch.syspath_prepend(BENCHMARKS)
+  train_step = importlib.import_module('train_step')
+  for batch in train_step.batches_of(train_step.model_of(name), 'mixture', True):
+    assert (batch.stream.segment_ids > 0).any(1).all()
+
+
 def test_a_group_that_does_not_fit_is_refused(small):
   train_step, model = small
   found = model.examples('fixed')[:4]

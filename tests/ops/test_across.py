@@ -74,6 +74,20 @@ def test_rows_are_those_of_the_table_to_the_bit_and_nan_beyond(
   assert np.isnan(np.asarray(got, np.float32)[1, 1]).all()
 
 
+def test_a_loop_that_looks_rows_up_writes_no_table():
+  table = jnp.ones((1000, 64), jnp.bfloat16)
+
+  def loop(table, index):
+    def body(i, at):
+      return at + jnp.sum(rows(table, at)).astype(jnp.int32)
+
+    return jax.lax.fori_loop(0, index, body, index)
+
+  compiled = jax.jit(loop).lower(table, jnp.int32(3)).compile()
+  assert int(compiled(table, jnp.int32(3))) == 3 + 3 * 64
+  assert compiled.memory_analysis().temp_size_in_bytes < table.nbytes / 2
+
+
 def test_lookup_gives_its_type_and_refuses_what_does_not_divide():
   table, index = np.zeros((12, 8), np.float32), np.zeros((4, 6), np.int32)
   assert lookup(table, index, jnp.bfloat16).dtype == jnp.bfloat16

@@ -67,6 +67,21 @@ def fast_products(f, *args):
   return products
 
 
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+def test_one_token_has_a_fast_product_too(dtype):
+  """Of one row XLA makes a product in float32, for which it converts the kernel."""
+  rng = np.random.default_rng(0)
+  shapes = (1, 1, 32), (32, 64)
+  x, kernel = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in shapes)
+  compiled = jax.jit(lambda x, w: linear(x, w, dtype=dtype)).lower(x, kernel).compile()
+  got = compiled(x, kernel)
+  assert got.shape == (1, 1, 64) and got.dtype == dtype
+  want = np.asarray(x[0, 0], np.float32) @ np.asarray(kernel, np.float32)
+  got = np.asarray(got[0, 0], np.float32)
+  np.testing.assert_allclose(got, want, rtol=0.01, atol=0.01)
+  assert 'f32[32,64]' not in compiled.as_text()
+
+
 @pytest.mark.parametrize('columns', [3, 512])
 def test_rows_a_kilobyte_apart_are_moved_apart(columns):
   """One column of them, as turning x reads it, doesn't fit into a cache."""
