@@ -67,7 +67,7 @@ def examples(case):
 
 
 def budget(case):
-  items = 2 if case == 'fixed' else 4
+  items = 2 if case == 'fixed' else 3
   return documents.budget(T, T - 2 if case == 'fixed' else T, PATCHES * items, items)
 
 
