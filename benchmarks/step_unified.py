@@ -4,7 +4,7 @@ transformers has no model that takes raw patches in the stream of a Llama and le
 of an image see each other, so the peer is written out: `torch_unified.py`.
 
   fixed    8 rows of 512 slots, full: two images of 12 x 12 patches, 224 text tokens
-  mixture  64 documents as web pages come: lognormal text, a geometric number of images
+  mixture  72 documents as web pages come: lognormal text, a geometric number of images
 """
 
 import numpy as np
@@ -21,7 +21,7 @@ SIZES = dict(
   patch_channels=documents.CHANNELS,
   rope_base=10_000.0,
 )
-ROWS = {'fixed': 8, 'mixture': 11}  # of a packed batch
+ROWS = {'fixed': 8, 'mixture': 8}  # of a packed batch
 PADDED, GROUP = 8, None  # documents of a padded batch; of a packed one
 GRID = (1, 12, 12)
 SIDE, T = 16 * GRID[1], 512
@@ -41,7 +41,7 @@ def examples(case):
   if case == 'fixed':
     return [make(2, 224) for _ in range(8)]
   found = []
-  while len(found) < 64:
+  while len(found) < 72:
     images = min(int(rng.geometric(0.7)) - 1, 2)
     text = int(rng.lognormal(np.log(70), 0.9))
     if text >= 8 and 144 * images + text <= T:
