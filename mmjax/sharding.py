@@ -317,6 +317,11 @@ def device() -> tuple[str, str]:
   return one.platform, one.device_kind
 
 
+def one_cpu() -> bool:
+  """Whether all is computed by one CPU."""
+  return device()[0] == 'cpu' and jax.sharding.get_abstract_mesh().size <= 1
+
+
 def mesh_axes(name: str) -> tuple[str, ...]:
   """The mesh axes, those of several devices, that an axis is split over here.
 

@@ -22,8 +22,7 @@ class Greedy:
 
   def __call__(self, logits: jax.Array, rng: jax.Array) -> jax.Array:
     V = check('B V', logits)['V']
-    _, word = largest(logits, jnp.arange(V, dtype=jnp.int32)[None])
-    return jnp.minimum(word, V - 1)
+    return jnp.minimum(largest(logits)[1], V - 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -90,9 +90,9 @@ def linear(
   out = kernel.shape[num_in:]
   if sharding.parts('seq') == 1:
     x = x.reshape(-1, *inner)
-  if _alone():
+  if sharding.one_cpu():
     x, kernel, num_in = x.reshape(len(x), -1), kernel.reshape(math.prod(inner), -1), 1
-  one = _alone() and _is_narrow(x) and len(x) == 1
+  one = sharding.one_cpu() and _is_narrow(x) and len(x) == 1
   if one:  # one token alone has no fast product
     x = _longer(x, 0, 1)
   if dtype == x.dtype and _is_narrow(x):
@@ -109,11 +109,6 @@ def linears(x: jax.Array, kernels: Sequence[jax.Array]) -> list[jax.Array]:
   if _reused.get() and _is_narrow(x):
     return [y.astype(x.dtype) for y in _by_rows(x, kernels, 1)]
   return [linear(x, kernel) for kernel in kernels]
-
-
-def _alone():
-  """Whether all is computed by one CPU."""
-  return sharding.device()[0] == 'cpu' and jax.sharding.get_abstract_mesh().size <= 1
 
 
 def _is_narrow(x):
@@ -134,6 +129,20 @@ def _by_rows(x, kernels, num_in):
   ends = np.cumsum([len(r) for r in rows])[:-1]
   parts = zip(jnp.split(y, ends, 1), kernels)
   return [part.reshape(lead + k.shape[num_in:]) for part, k in parts]
+
+
+def rounded(x: jax.Array, dtype) -> jax.Array:
+  """x f32[...] in `dtype`, to the nearest, halfway to the even one.
+
+  For bfloat16 on a CPU by integers: in a loop with XLA's own conversion an exponential
+  isn't vectorised, and takes three times as long.
+  """
+  if jnp.dtype(dtype) != jnp.bfloat16 or sharding.device()[0] != 'cpu':
+    return x.astype(dtype)
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+  up = bits + 0x7FFF + (bits >> 16 & 1)
+  bits = jnp.where(jnp.isnan(x), bits | 0x400000, up) >> 16
+  return jax.lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16)
 
 
 def _times(x, scale):
@@ -195,7 +204,7 @@ def _narrow_forward(x, kernel, num_in):
 
 
 def _crowds(tokens, width):
-  return _alone() and width % 512 == 0 and tokens > 512
+  return sharding.one_cpu() and width % 512 == 0 and tokens > 512
 
 
 def _longer(x, axis, count):
@@ -220,7 +229,7 @@ def batch_matmul(x: jax.Array, y: jax.Array, transpose: bool = False) -> jax.Arr
   Returns:
     f32[B, K, M, S]
   """
-  if not (_is_narrow(x) and _is_narrow(y) and _alone()):
+  if not (_is_narrow(x) and _is_narrow(y) and sharding.one_cpu()):
     spec = 'BKMC,BKSC->BKMS' if transpose else 'BKMC,BKCS->BKMS'
     return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
   # Of one batch axis it is the fast product of above, of two it isn't.

@@ -33,11 +33,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mmjax.ops.linear import linear, turned
+from mmjax.ops.linear import linear, rounded, turned
 from mmjax.shape import check
-from mmjax.sharding import changed, constrain, device, mesh_axes, parts
+from mmjax.sharding import changed, constrain, device, mesh_axes, one_cpu, parts
 
 LIMIT = 2**28  # bytes of f32 logits that a device holds at one time
+_SIZES = (128, 125, 100, 64)  # of blocks of words, see `largest`
 
 
 @jax.tree_util.register_dataclass
@@ -179,7 +180,7 @@ def _walk_back(limit, hidden, head, kept, tokens, log_z, d_log_z, d_right):
       d = d + jnp.where(right, d_right[..., None, None], 0.0)
       if head.soft_cap is not None:
         d = d * (1 - jnp.square(x / head.soft_cap))
-      d = d.astype(hidden.dtype)
+      d = rounded(d, hidden.dtype)
       d_hidden = d_hidden + part.to_hidden(d, i, size)
       return d_hidden, part.put(d_kernel, part.to_kernel(d), i)
 
@@ -345,22 +346,38 @@ def _cap(logits, soft_cap):
   return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
 
 
-def largest(logits: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The largest of f[..., V], and the least of its ids i32[..., V]: f[...], i32[...].
+def largest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The largest of f[..., V] and the first place that has it, f[...] and i32[...].
 
-  In two plain reductions, as argmax is one slow loop on a CPU. Of NaN: the greatest i32.
+  Where one is NaN, any place or V.
+
+  In plain reductions, as argmax is one slow loop on a CPU. There those of blocks are made
+  first: the places of all, which would be written, are then asked for in one block alone.
   """
+  V = logits.shape[-1]
+  size = next((n for n in _SIZES if V % n == 0), None)
+  if size is None or not one_cpu():
+    return _largest(logits)
+  blocks = logits.reshape(*logits.shape[:-1], V // size, size)
+  high, block = _largest(jnp.max(blocks, -1))
+  block = jnp.minimum(block, V // size - 1)
+  _, place = _largest(jnp.take_along_axis(blocks, block[..., None, None], -2)[..., 0, :])
+  return high, block * size + place
+
+
+def _largest(logits):
+  V = logits.shape[-1]
   high = jnp.max(logits, -1)
-  never = jnp.iinfo(jnp.int32).max
-  return high, jnp.min(jnp.where(logits == high[..., None], ids, never), -1)
+  places = jnp.arange(V, dtype=jnp.int32).reshape((1,) * (logits.ndim - 1) + (V,))
+  return high, jnp.min(jnp.where(logits == high[..., None], places, V), -1)
 
 
 def _fold(part, kept, tokens, first, stats, i, size):
   """Statistics f32[..., Q] with those of one more block of words."""
   top, total, right, best = stats
   logits = part.logits(i, size) if kept is None else kept
-  ids = part.ids(i, size, first)
-  high, found = largest(logits, ids)
+  high, place = largest(logits)
+  found = part.ids(i, size, first)[..., 0] + place
   new = jnp.maximum(top, high)
   total = total * jnp.exp(top - new) + jnp.sum(jnp.exp(logits - new[..., None]), -1)
   right = right + part.right(logits, tokens, i, first)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmjax import sharding
-from mmjax.ops.linear import batch_matmul, linear, linears, plus, reused
+from mmjax.ops.linear import batch_matmul, linear, linears, plus, reused, rounded
 
 
 def example(num_in):
@@ -65,6 +65,22 @@ def fast_products(f, *args):
     assert int(last[-1]) == len(first) - 1
     assert 'batching_dims = [0, 1]' not in line
   return products
+
+
+def test_rounded_is_to_the_nearest_bit_for_bit():
+  """Of all that bits can be: every exponent, both signs, halves, infinities, NaN."""
+  rng = np.random.default_rng(0)
+  bits = rng.integers(0, 2**32, 100_000, np.uint32)
+  halves = (bits & 0xFFFF0000) | rng.choice([0x7FFF, 0x8000, 0x8001], bits.shape)
+  special = [0, 0x80000000, 0x7F800000, 0xFF800000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001]
+  x = np.concatenate([bits, halves, special]).astype(np.uint32).view(np.float32)
+  got = np.asarray(jax.jit(lambda x: rounded(x, 'bfloat16'))(x))
+  with np.errstate(invalid='ignore'):
+    want = x.astype(jnp.bfloat16)
+  assert np.isnan(x).any() and (np.isnan(x) == np.isnan(got)).all()
+  real = ~np.isnan(x)
+  np.testing.assert_array_equal(got[real].view(np.uint16), want[real].view(np.uint16))
+  assert rounded(x, 'float32').dtype == jnp.float32
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])

@@ -259,3 +259,20 @@ def test_narrow_places_and_wide_kernels_on_older_cpus():
 
 def test_the_limit_is_stated():
   assert vocabulary.LIMIT == 256 * 2**20
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
+@pytest.mark.parametrize('V', [384, 250, 77])
+def test_largest_is_the_first_of_equals(monkeypatch, platform, V):
+  """In blocks of words and in one."""
+  monkeypatch.setattr(sharding, 'device', lambda: (platform, ''))
+  logits = np.random.default_rng(0).integers(0, 9, (3, 5, V)).astype(np.float32)
+  logits[0, 0] = -np.inf
+  logits[0, 1, [3, V - 1]] = np.inf
+  made = jax.jit(lambda x: vocabulary.largest(x))  # of this platform alone
+  high, place = made(logits)
+  np.testing.assert_array_equal(high, logits.max(-1))
+  np.testing.assert_array_equal(place, logits.argmax(-1))
+  logits[:, :, V - 2] = np.nan
+  _, place = made(logits)
+  assert ((np.asarray(place) >= 0) & (np.asarray(place) <= V)).all()
