@@ -12,9 +12,11 @@ from mmjax.data import binpack
 from mmjax.data.document import Document, Image, Text
 from mmjax.data.example import to_example
 from mmjax.data.media import ImageRule
-from mmjax.data.pack import pack
+from mmjax.data.pack import fit_budget, needs_of, pack
+from mmjax.data.plan import limits
 
 CHANNELS = 16 * 16 * 3
+RESOURCES = 'stream', 'targets', 'image/patches', 'image/items'
 
 
 def example(rng, images, text, *, side, slots, vocab_size, end_id=0):
@@ -38,28 +40,17 @@ def budget(stream, targets, patches, items):
   return Budget(stream, targets, {'image': BankBudget(patches, items, CHANNELS)})
 
 
-def needs(one):
-  """What an example takes of a budget."""
-  media = one.media.get('image')
-  patches, items = (
-    (len(media.values), len(media.item_order)) if media is not None else (0, 0)
-  )
-  return np.array([len(one), (one.weights > 0).sum(), patches, items])
-
-
 def packed(found, room, rows, group=None):
   """Batches of so many rows; with `group`, one for each so many examples.
 
   Raises:
     ValueError: a group that doesn't fit into one batch.
   """
-  image = room.bank['image']
-  limits = np.array([room.stream, room.targets, image.patches, image.items])
-  batches = []
+  batches, most = [], limits(RESOURCES, room)
   for i in range(0, len(found), group or len(found)):
     some = found[i : i + (group or len(found))]
-    took = np.array([needs(one) for one in some])
-    filled = binpack.pack(took, np.ones(len(some), np.int64), limits)
+    took = np.array([[needs_of(x).get(r, 0) for r in RESOURCES] for x in some])
+    filled = binpack.pack(took, np.ones(len(some), np.int64), most)
     lists = [[some[k] for k in row] for row, _ in filled]
     if group and len(lists) > rows:
       raise ValueError(
@@ -75,8 +66,7 @@ def padded(found, rows):
   batches = []
   for i in range(0, len(found), rows):
     group = found[i : i + rows]
-    slots, targets, patches, items = np.max([needs(x) for x in group], 0).tolist()
-    room = budget(slots, targets, max(patches, 1), max(items, 1))
+    room = fit_budget(group, budget(1, 1, 1, 1), multiple=1)
     batches.append(pack([[x] for x in group], room))
   return batches
 
