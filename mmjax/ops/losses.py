@@ -102,7 +102,9 @@ def next_token_loss(
   stream = _whole_rows(stream)
   found = _gather(hidden, stream, num_targets, 'next_token_loss')
   num_targets = min(num_targets, found.slots.shape[1])
-  log_z, right, best = log_probs(found.hidden, head, found.tokens, limit=limit)
+  log_z, right, best = log_probs(
+    found.hidden, head, found.tokens, found.used, limit=limit
+  )
   ce = jnp.sum(found.weights * (log_z - right))
   z = z_loss * jnp.sum(found.weights * log_z**2)
   num = jnp.sum(trained_slots(stream), 1)
@@ -139,7 +141,7 @@ def token_losses(
   """
   stream = _whole_rows(stream)
   found = _gather(hidden, stream, num_targets, 'token_losses')
-  log_z, right, _ = log_probs(found.hidden, head, found.tokens, limit=limit)
+  log_z, right, _ = log_probs(found.hidden, head, found.tokens, found.used, limit=limit)
   losses = jnp.where(found.used, log_z - right, 0.0)
   return TokenLosses(found.slots, found.used, found.tokens, losses)
 

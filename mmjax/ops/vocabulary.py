@@ -22,6 +22,13 @@ words, the places move instead: each device gets those of all, for its share of 
 
   places    a | b | c | d      moved: a b c d, and back d hidden of each
   words     0 | 1 | 2 | 3      stay, once a kernel's pieces of width are pieces of words
+
+Rows of one size hold targets of many numbers, so some places of each stay empty. A
+device puts those of its rows that are used first, and computes as many as the fullest
+device has, in steps of an eighth:
+
+  used      xxxxx... xx...... xxxxxx..      of three rows
+  computed  xxxxxxxxxxxxx--                 5 eighths of 24
 """
 
 import contextlib
@@ -39,6 +46,7 @@ from mmjax.sharding import changed, constrain, device, mesh_axes, one_cpu, parts
 
 LIMIT = 2**28  # bytes of f32 logits that a device holds at one time
 _SIZES = (128, 125, 100, 64)  # of blocks of words, see `largest`
+_EIGHTHS = range(5, 9)  # of the places, see `_with_few`; each is compiled
 
 
 @jax.tree_util.register_dataclass
@@ -79,7 +87,12 @@ class LogProbs(NamedTuple):
 
 
 def log_probs(
-  hidden: jax.Array, head: Head, tokens: jax.Array, *, limit: int = LIMIT
+  hidden: jax.Array,
+  head: Head,
+  tokens: jax.Array,
+  used: jax.Array | None = None,
+  *,
+  limit: int = LIMIT,
 ) -> LogProbs:
   """Softmax statistics of the words `tokens`; log_z and right have gradients.
 
@@ -87,6 +100,8 @@ def log_probs(
     hidden: f[B, K, D]
     head: of V words in all.
     tokens: i32[B, K] in 0..V-1.
+    used: bool[B, K], default all. Others have 0 (best: -1), and no gradient; where the
+      logits are too many to be kept, most of them aren't computed.
     limit: bytes of f32 logits that a device may hold at one time; at least one word of
       each of its tokens.
 
@@ -104,9 +119,22 @@ def log_probs(
       raise ValueError(
         f'log_probs: {kernel.size // D} words do not divide over {_devices(axes)} devices'
       )
+  if used is None:
+    return _of_rows(limit, hidden, head, tokens, None)
+  check('B K', tokens, 'B K', used)
+  made = _of_rows(limit, hidden, head, tokens, used)
+  return LogProbs(*(jnp.where(used, x, none) for x, none in zip(made, (0.0, 0.0, -1))))
+
+
+def _of_rows(limit, hidden, head, tokens, used):
+  B, K, D = hidden.shape
   seq = parts('seq')
   if seq == 1:  # products of whole matrices, see `ops.linear`
-    made = _stats(limit, hidden.reshape(-1, D), head, tokens.reshape(-1))
+    flat = hidden.reshape(-1, D), head, tokens.reshape(-1)
+    some = used is not None and not _kept(limit, *flat)
+    made = (
+      _stats_of_used(limit, *flat, used.reshape(-1)) if some else _stats(limit, *flat)
+    )
     return LogProbs(*(x.reshape(B, K) for x in made))
   # Every device of the sequence takes a share of the places.
   fill = ((0, 0), (0, -K % seq))
@@ -197,6 +225,80 @@ def _walk_back(limit, hidden, head, kept, tokens, log_z, d_log_z, d_right):
 
 
 _stats.defvjp(_forward, _backward)
+
+
+def _kept(limit, hidden, head, tokens):
+  """Whether one block holds all words of every kernel."""
+  places, width = len(tokens) // parts('batch'), hidden.shape[-1]
+  words = (k.size // width // _devices(a) for k, a in zip(head.kernels, head.axes))
+  return all(4 * places * n <= limit for n in words)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _stats_of_used(limit, hidden, head, tokens, used):
+  """`_stats` of the places f[X, D], i32[X], bool[X] that are used; of others anything."""
+  return _forward_of_used(limit, hidden, head, tokens, used)[0]
+
+
+def _forward_of_used(limit, hidden, head, tokens, used):
+  def run(few):
+    made, _ = _forward(limit, few.pick(hidden), head, few.pick(tokens))
+    return LogProbs(*map(few.put, made))
+
+  made = _with_few(run, used)
+  return made, (hidden, head, tokens, used, made.log_z)
+
+
+def _backward_of_used(limit, residuals, cotangents):
+  hidden, head, tokens, used, log_z = residuals
+
+  def run(few):
+    kept = (None,) * len(head.kernels)
+    picked = few.pick(hidden), head, few.pick(tokens), few.pick(log_z), kept
+    d_hidden, d_head, _ = _backward(limit, picked, [few.pick(c) for c in cotangents[:2]])
+    return jnp.where(used[:, None], few.put(d_hidden), 0), d_head
+
+  return *_with_few(run, used), None, None
+
+
+_stats_of_used.defvjp(_forward_of_used, _backward_of_used)
+
+
+class _Few(NamedTuple):
+  """The first `size` places of each device G, once those that are used stand first.
+
+  order: i32[G, N], the place that comes there; rank: i32[G, N], where a place went.
+  """
+
+  order: jax.Array
+  rank: jax.Array
+  size: int
+
+  def pick(self, x):
+    """[G * N, ...] -> [G * size, ...]"""
+    return self._take(x, self.order[:, : self.size])
+
+  def put(self, x):
+    """[G * size, ...] -> [G * N, ...]; what has no place gets that of the last."""
+    return self._take(x, jnp.minimum(self.rank, self.size - 1))
+
+  def _take(self, x, index):
+    x = x.reshape(len(index), -1, *x.shape[1:])
+    index = index.reshape(index.shape + (1,) * (x.ndim - 2))
+    x = jnp.take_along_axis(x, index, 1)
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _with_few(run, used):
+  """run(`_Few`) with the least of the sizes that holds all used places of any device."""
+  used = used.reshape(parts('batch'), -1)
+  N = used.shape[1]
+  order = jnp.argsort(~used, axis=1, stable=True).astype(jnp.int32)
+  rank = jnp.argsort(order, axis=1).astype(jnp.int32)
+  sizes = sorted({math.ceil(N * n / 8) for n in _EIGHTHS})
+  most = jnp.max(jnp.sum(used, 1))
+  which = sum((most > n).astype(jnp.int32) for n in sizes[:-1])
+  return jax.lax.switch(which, [lambda n=n: run(_Few(order, rank, n)) for n in sizes])
 
 
 def _lead(hidden):

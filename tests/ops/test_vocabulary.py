@@ -85,6 +85,51 @@ def test_equals_all_logits_at_once(form, limit):
   np.testing.assert_allclose(jax.nn.logsumexp(logits, -1), want[0][0], rtol=1e-6)
 
 
+def some_used(share):
+  """bool[B, K], rows of unlike numbers."""
+  rng = np.random.default_rng(1)
+  used = np.arange(K)[None] < rng.integers(0, K + 1, (B, 1))
+  return {'none': used & False, 'some': used, 'all': used | True}[share]
+
+
+def assert_equal_where_used(got, want, used):
+  """Of (statistics, gradients, best); the gradients are of masked cotangents."""
+  assert_close(got[0], [np.where(used, w, 0) for w in want[0]])
+  assert_close(got[1], want[1])
+  np.testing.assert_array_equal(got[2], np.where(used, want[2], -1))
+
+
+@pytest.mark.parametrize('share', ['none', 'some', 'all'])
+@pytest.mark.parametrize(('form', 'limit'), [(0, 0), (1, 1), (3, 0), (0, 2)])
+def test_places_that_are_not_used_have_nothing(form, limit, share):
+  *args, cotangents = example(**HEADS[form])
+  used = some_used(share)
+  want = jax.jit(functools.partial(with_gradients, plain))(*args, cotangents * used)
+  f = functools.partial(log_probs, used=used, limit=LIMITS[limit])
+  got = jax.jit(functools.partial(with_gradients, f))(*args, cotangents)
+  assert_equal_where_used(got, want, used)
+
+
+@pytest.mark.parametrize('places', range(2, 25, 2))
+def test_places_that_are_not_used_are_not_computed(places):
+  """Those beyond the next eighth, of which five are the least: they may hold NaN."""
+  hidden, head, tokens, cotangents = example()
+  order = np.random.default_rng(places).permutation(B * K)
+  used = np.zeros(B * K, bool)
+  used[order[:places]] = True
+  computed = max(-(-places // 3) * 3, 15)
+  beyond = np.flatnonzero(~used)[computed - places :]  # those stay in their order
+  hidden.reshape(B * K, D)[beyond] = np.nan
+  f = functools.partial(log_probs, used=used.reshape(B, K), limit=LIMITS[0])
+  got = jax.jit(functools.partial(with_gradients, f))(hidden, head, tokens, cotangents)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
+  if len(beyond):  # but the one before them is computed
+    hidden.reshape(B * K, D)[np.flatnonzero(~used)[: computed - places]] = np.nan
+    got = jax.jit(functools.partial(with_gradients, f))(hidden, head, tokens, cotangents)
+    finite = np.isfinite(got[1][1].kernels[0]).all()
+    assert finite == (computed == places)
+
+
 @pytest.mark.parametrize('limit', LIMITS)
 def test_of_equal_logits_the_first_counts_and_nan_none(limit):
   kernel = jnp.zeros((D, 320)).at[0, 200].set(1.0).at[0, 300].set(1.0)
@@ -104,7 +149,7 @@ MESHES = [
 ]
 
 
-def on_mesh(sizes, overrides, args, limit, dtype=None):
+def on_mesh(sizes, overrides, args, limit, used=None):
   """The compiled gradients on a mesh, and their arguments in place."""
   mesh = sharding.make_mesh(sizes)
   rules = sharding.rules_for('fsdp+tensor', {'embed': 'fsdp', **overrides})
@@ -119,14 +164,18 @@ def on_mesh(sizes, overrides, args, limit, dtype=None):
     head = Head(kernels, head.axes, head.soft_cap)
     args = put(hidden, 'batch', None, None), head, put(tokens, 'batch', None)
     args = (*args, put(cotangents, None, 'batch', None))
-    f = jax.jit(functools.partial(with_gradients, in_blocks(limit)))
+    f = functools.partial(log_probs, used=used, limit=limit)
+    f = jax.jit(functools.partial(with_gradients, f))
     return f.lower(*args).compile(), args
 
 
-@pytest.mark.parametrize('limit', [5 * 6 * 4, 2**28])
+@pytest.mark.parametrize(
+  ('limit', 'share'), [(5 * 6 * 4, None), (2**28, None), (5 * 6 * 4, 'some')]
+)
 @pytest.mark.parametrize('case', MESHES)
-def test_many_devices_equal_one(case, limit):
+def test_many_devices_equal_one(case, limit, share):
   sizes, overrides, form = case
+  used = None if share is None else some_used(share)
   hidden, head, tokens, cotangents = example(**form)
   # fsdp of 4 splits a width of 8.
   wide = jax.tree.map(lambda x: x, (hidden, head))
@@ -136,11 +185,11 @@ def test_many_devices_equal_one(case, limit):
     for k, a in zip(head.kernels, head.axes)
   )
   args = hidden, Head(kernels, head.axes, head.soft_cap), tokens, cotangents
-  want = jax.jit(functools.partial(with_gradients, plain))(*args)
-  compiled, placed = on_mesh(sizes, overrides, args, limit)
+  all_used = np.ones((B, K), bool) if used is None else used
+  want = jax.jit(functools.partial(with_gradients, plain))(*args[:3], args[3] * all_used)
+  compiled, placed = on_mesh(sizes, overrides, args, limit, used)
   got = compiled(*placed)
-  assert_close(got[:2], want[:2])
-  np.testing.assert_array_equal(got[2], want[2])
+  assert_equal_where_used(got, want, all_used)
   for g, k in zip(got[1][1].kernels, placed[1].kernels):
     assert g.sharding.is_equivalent_to(k.sharding, g.ndim)
 
