@@ -10,8 +10,9 @@ Before the first slot of a branch (see `mmjax.batch`) stands the last one of the
 
 A row has a fixed number of places for targets, so head and softmax see
 [B, num_targets] instead of [B, T] slots, and of their logits a few words at a time
-(`ops.vocabulary`): [B, T, V] never exists. Sums, not means, are returned, so that the
-step can divide by the weight of the whole global batch.
+(`ops.vocabulary`): [B, T, V] never exists, and of places that no target fills most are
+not computed. Sums, not means, are returned, so that the step can divide by the weight of
+the whole global batch.
 """
 
 from typing import NamedTuple

@@ -45,6 +45,7 @@ from mmjax.shape import check
 from mmjax.sharding import changed, constrain, device, mesh_axes, one_cpu, parts
 
 LIMIT = 2**28  # bytes of f32 logits that a device holds at one time
+_CACHED = 2**24  # that a CPU walks without waiting for memory
 _SIZES = (128, 125, 100, 64)  # of blocks of words, see `largest`
 _EIGHTHS = range(5, 9)  # of the places, see `_with_few`; each is compiled
 
@@ -129,9 +130,10 @@ def log_probs(
 def _of_rows(limit, hidden, head, tokens, used):
   B, K, D = hidden.shape
   seq = parts('seq')
+  limit = _of_block(limit, hidden, head)
   if seq == 1:  # products of whole matrices, see `ops.linear`
     flat = hidden.reshape(-1, D), head, tokens.reshape(-1)
-    some = used is not None and not _kept(limit, *flat)
+    some = used is not None and _bytes(hidden, head) > limit
     made = (
       _stats_of_used(limit, *flat, used.reshape(-1)) if some else _stats(limit, *flat)
     )
@@ -227,11 +229,18 @@ def _walk_back(limit, hidden, head, kept, tokens, log_z, d_log_z, d_right):
 _stats.defvjp(_forward, _backward)
 
 
-def _kept(limit, hidden, head, tokens):
-  """Whether one block holds all words of every kernel."""
-  places, width = len(tokens) // parts('batch'), hidden.shape[-1]
-  words = (k.size // width // _devices(a) for k, a in zip(head.kernels, head.axes))
-  return all(4 * places * n <= limit for n in words)
+def _of_block(limit, hidden, head):
+  """Bytes of the logits of a block. A CPU's fit into its caches, and are made anew for
+  the way back, unless float32 ones of all words may be kept: those products are slow."""
+  kept = hidden.dtype == jnp.float32 and _bytes(hidden, head) <= limit
+  return limit if device()[0] != 'cpu' or kept else min(limit, _CACHED)
+
+
+def _bytes(hidden, head):
+  """Of a device's logits, f32, of all words of the largest kernel."""
+  B, K, D = hidden.shape
+  words = (k.size // D // _devices(a) for k, a in zip(head.kernels, head.axes))
+  return 4 * max(words) * B * K // (parts('batch') * parts('seq'))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
