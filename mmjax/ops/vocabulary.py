@@ -23,12 +23,7 @@ words, the places move instead: each device gets those of all, for its share of 
   places    a | b | c | d      moved: a b c d, and back d hidden of each
   words     0 | 1 | 2 | 3      stay, once a kernel's pieces of width are pieces of words
 
-Rows of one size hold targets of many numbers, so some places of each stay empty. A
-device puts those of its rows that are used first, and computes as many as the fullest
-device has, in steps of an eighth:
-
-  used      xxxxx... xx...... xxxxxx..      of three rows
-  computed  xxxxxxxxxxxxx--                 5 eighths of 24
+Of places that no row uses most are left out: `ops.places`.
 """
 
 import contextlib
@@ -41,13 +36,13 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.ops.linear import linear, rounded, turned
+from mmjax.ops.places import compute_used
 from mmjax.shape import check
 from mmjax.sharding import changed, constrain, device, mesh_axes, one_cpu, parts
 
 LIMIT = 2**28  # bytes of f32 logits that a device holds at one time
 _CACHED = 2**24  # that a CPU walks without waiting for memory
 _SIZES = (128, 125, 100, 64)  # of blocks of words, see `largest`
-_EIGHTHS = range(5, 9)  # of the places, see `_with_few`; each is compiled
 
 
 @jax.tree_util.register_dataclass
@@ -254,7 +249,7 @@ def _forward_of_used(limit, hidden, head, tokens, used):
     made, _ = _forward(limit, few.pick(hidden), head, few.pick(tokens))
     return LogProbs(*map(few.put, made))
 
-  made = _with_few(run, used)
+  made = compute_used(run, used)
   return made, (hidden, head, tokens, used, made.log_z)
 
 
@@ -267,47 +262,10 @@ def _backward_of_used(limit, residuals, cotangents):
     d_hidden, d_head, _ = _backward(limit, picked, [few.pick(c) for c in cotangents[:2]])
     return jnp.where(used[:, None], few.put(d_hidden), 0), d_head
 
-  return *_with_few(run, used), None, None
+  return *compute_used(run, used), None, None
 
 
 _stats_of_used.defvjp(_forward_of_used, _backward_of_used)
-
-
-class _Few(NamedTuple):
-  """The first `size` places of each device G, once those that are used stand first.
-
-  order: i32[G, N], the place that comes there; rank: i32[G, N], where a place went.
-  """
-
-  order: jax.Array
-  rank: jax.Array
-  size: int
-
-  def pick(self, x):
-    """[G * N, ...] -> [G * size, ...]"""
-    return self._take(x, self.order[:, : self.size])
-
-  def put(self, x):
-    """[G * size, ...] -> [G * N, ...]; what has no place gets that of the last."""
-    return self._take(x, jnp.minimum(self.rank, self.size - 1))
-
-  def _take(self, x, index):
-    x = x.reshape(len(index), -1, *x.shape[1:])
-    index = index.reshape(index.shape + (1,) * (x.ndim - 2))
-    x = jnp.take_along_axis(x, index, 1)
-    return x.reshape(-1, *x.shape[2:])
-
-
-def _with_few(run, used):
-  """run(`_Few`) with the least of the sizes that holds all used places of any device."""
-  used = used.reshape(parts('batch'), -1)
-  N = used.shape[1]
-  order = jnp.argsort(~used, axis=1, stable=True).astype(jnp.int32)
-  rank = jnp.argsort(order, axis=1).astype(jnp.int32)
-  sizes = sorted({math.ceil(N * n / 8) for n in _EIGHTHS})
-  most = jnp.max(jnp.sum(used, 1))
-  which = sum((most > n).astype(jnp.int32) for n in sizes[:-1])
-  return jax.lax.switch(which, [lambda n=n: run(_Few(order, rank, n)) for n in sizes])
 
 
 def _lead(hidden):
