@@ -7,7 +7,7 @@ Model: So400m/14 ViT (0.4 B), a linear projection, Gemma 2B (2.5 B). The prompt,
 included, sees all of itself; bf16 compute, f32 parameters and moments.
 
 Expect: no score; it was planned, never trained at this size. Modelled by the compiler's
-estimates, on v5e:8x8: 459 ms a step, MFU 0.50, 3.4 GiB of a chip, 1.5e10 bytes sent; see
+estimates, on v5e:8x8: 454 ms a step, MFU 0.51, 3.1 GiB of a chip, 1.5e10 bytes sent; see
 docs/planning.md.
 
 COMMAND: python train.py --config=configs/paligemma_3b.py --workdir=runs/paligemma_3b

@@ -8,7 +8,7 @@ the language model (3.9 B) are trained. Attention is whole in all layers (Gemma 
 windows in five of six).
 
 Expect: no score; it was planned, never trained at this size. Modelled, by the compiler's
-estimates, for 256 chips of v5e (the second command): 9.0 GiB a chip, 2.4e10 bytes sent,
+estimates, for 256 chips of v5e (the second command): 9.2 GiB a chip, 2.4e10 bytes sent,
 MFU 0.56; see docs/planning.md.
 
 COMMAND: python train.py --config=configs/unified_4b_image.py --workdir=runs/unified_4b

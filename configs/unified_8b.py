@@ -8,7 +8,7 @@ Model: 8.0 B parameters, all trained; bf16 compute, f32 parameters and moments, 
 64 chips, rows of the batch over all.
 
 Expect: no score; it was planned, never trained at this size. Modelled, by the compiler's
-estimates, for 256 chips of v5e (the second command): 14.5 GiB a chip, 4.5e10 bytes sent,
+estimates, for 256 chips of v5e (the second command): 14.4 GiB a chip, 4.5e10 bytes sent,
 MFU 0.56; see docs/planning.md.
 
 COMMAND: python train.py --config=configs/unified_8b.py --workdir=runs/unified_8b
