@@ -5,7 +5,7 @@ Data and step as of configs/unified_8b.py: 512 rows of 4,096 slots, raw patches 
 Model: 1.24 B parameters, all trained.
 
 Expect: no score; it was planned, never trained at this size. Modelled, by the compiler's
-estimates, for 256 chips of v5e (the second command): 7.1 GiB a chip, 7.5e9 bytes sent,
+estimates, for 256 chips of v5e (the second command): 7.1 GiB a chip, 7.6e9 bytes sent,
 MFU 0.51; see docs/planning.md.
 
 COMMAND: python train.py --config=configs/unified_1b.py --workdir=runs/unified_1b

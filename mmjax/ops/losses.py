@@ -143,8 +143,7 @@ def token_losses(
   stream = _whole_rows(stream)
   found = _gather(hidden, stream, num_targets, 'token_losses')
   log_z, right, _ = log_probs(found.hidden, head, found.tokens, found.used, limit=limit)
-  losses = jnp.where(found.used, log_z - right, 0.0)
-  return TokenLosses(found.slots, found.used, found.tokens, losses)
+  return TokenLosses(found.slots, found.used, found.tokens, log_z - right)
 
 
 class _Gathered(NamedTuple):
